@@ -1,0 +1,20 @@
+"""Contrastive losses that help a segmentation model learn small, blurry lesions (arXiv 2302.11517)."""
+
+from contrastive_exudate_loss.features import FeatureTap
+from contrastive_exudate_loss.losses import (
+    CombinedExudateLoss,
+    LossTerms,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CombinedExudateLoss",
+    "FeatureTap",
+    "LossTerms",
+    "PatchDensityContrastLoss",
+    "PatchEdgeContrastLoss",
+    "__version__",
+]

@@ -1,0 +1,265 @@
+"""FeatureTap: the features that a segmentation model turns into logits, kept for the criterion."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+_Seen = dict[Node, tuple[str, nn.Module, Tensor]]
+
+
+class FeatureTap:
+    """Keeps the input of the layer that makes a model's logits, so that a criterion finds it there.
+
+    Without layer, the first eager forward pass with gradients chooses: the autograd graph is followed back from the
+    main logits (the output itself, its "out" or "logits", or the first of a tuple) to the nearest convolution or
+    linear layer that has a 4-D input of at least two channels.
+    Tap before torch.compile; then give layer, or run one eager training step first.
+    Copies and pickles of a tapped model are untapped.
+
+    Args:
+        model: the network, called as model(images); not wrapped in nn.DataParallel.
+        layer: the layer whose input to keep, a module of the model or its dotted name; None chooses as above.
+            A linear layer's input is (B, h, w, C) and is kept as (B, C, h, w).
+
+    Raises:
+        TypeError: model is no module, or layer neither module nor name.
+        ValueError: layer is not in model, model is an nn.DataParallel, or no single layer makes the logits.
+        RuntimeError: the features are asked for before they are there, or a second time by a criterion.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+        >>> with FeatureTap(model) as tap:
+        ...     logits = model(torch.rand(2, 3, 64, 64))
+        ...     tap.features.shape
+        torch.Size([2, 8, 64, 64])
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module | str | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model must not be nn.DataParallel, whose replicas leave no features behind; use "
+                "DistributedDataParallel, and tap the model inside"
+            )
+        self._features: Tensor | None = None
+        self._layer_name: str | None = None
+        self._closed = False
+        self._taken = False
+        self._running = False
+        self._runs = 0
+        self._seen: _Seen = {}
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._begin)),
+            model.register_forward_hook(_Hook(self._end)),
+        ]
+        if layer is None:
+            self._watchers = [
+                module.register_forward_hook(_Hook(self._watching(name)), with_kwargs=True)
+                for name, module in model.named_modules()
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+            ]
+        else:
+            self._watchers = []
+            self._keep_input_of(*_found(model, layer))
+
+    @property
+    def features(self) -> Tensor:
+        """(B, C, h, w), floating: the layer's input in the model's last forward pass."""
+        if self._closed:
+            raise RuntimeError("this FeatureTap is closed, or a copy, and a copy is untapped; make one for this model")
+        if self._features is None and self._taken:
+            raise RuntimeError(
+                "the tapped features have been taken by a criterion already; run the model again before the next loss, "
+                "or read criterion.terms(), which gives every term at once"
+            )
+        if self._features is None:
+            raise RuntimeError(
+                "the tap has no features: its model has not run since it was tapped, or not with gradients, or only "
+                "compiled; run one eager forward pass with gradients first, or give FeatureTap(model, layer=...)"
+            )
+        if self._runs > 1:
+            raise RuntimeError(
+                f"layer {self._layer_name!r} ran {self._runs} times in one forward pass, so its input is no single "
+                "tensor; give features to the criterion yourself"
+            )
+        return self._features
+
+    def take(self) -> Tensor:
+        """The features, which the tap no longer keeps afterwards."""
+        features = self.features
+        self._features, self._taken = None, True
+        return features
+
+    def drop(self) -> None:
+        """Let the features go, if there are any."""
+        self._features = None
+
+    def close(self) -> None:
+        """Remove the hooks and drop the features: the model is as it was."""
+        for handle in self._handles + self._watchers:
+            handle.remove()
+        self._handles, self._watchers = [], []
+        self._features, self._closed = None, True
+        self._seen.clear()
+
+    def __enter__(self) -> "FeatureTap":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        layer = "not chosen yet" if self._layer_name is None else repr(self._layer_name)
+        return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        untapped = {"_features": None, "_handles": [], "_watchers": [], "_seen": {}, "_closed": True}
+        return self.__dict__ | untapped
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if _recomputing():
+            return
+        self._features, self._running, self._runs = None, True, 0
+        self._seen.clear()
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if _recomputing():
+            return
+        self._running = False
+        if self._seen:
+            self._choose(output)
+            self._seen.clear()
+
+    def _watching(self, name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch.compiler.is_compiling() or _recomputing():
+                return
+            given = _first_tensor(args, kwargs)
+            if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
+                self._seen[output.grad_fn] = name, module, given
+
+        return watch
+
+    def _choose(self, output: Any) -> None:
+        logits = _main_logits(output)
+        if logits.grad_fn is None:
+            return
+        found = _nearest(logits.grad_fn, self._seen)
+        names = sorted({name for name, _, _ in found})
+        if len(names) != 1:
+            which = "no convolution or linear layer with a 4-D input of at least 2 channels makes"
+            if names:
+                which = f"the layers {', '.join(map(repr, names))} all make"
+            ran = ", ".join(repr(name) for name, _, _ in self._seen.values())
+            raise ValueError(
+                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input are the features"
+                + ("" if names else f", one of {ran}")
+            )
+        name, module, features = found[0]
+        for handle in self._watchers:
+            handle.remove()
+        self._watchers = []
+        self._keep_input_of(name, module)
+        self._features = _channels_second(module, features)
+        self._runs = sum(module is other for _, other, _ in self._seen.values())
+        self._taken = False
+
+    def _keep_input_of(self, name: str, layer: nn.Module) -> None:
+        self._layer_name = name
+        self._handles.append(layer.register_forward_hook(_Hook(self._keep), with_kwargs=True))
+
+    def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _recomputing():
+            return
+        given = _first_tensor(args, kwargs)
+        if given is None or given.dim() != 4:
+            got = "no tensor" if given is None else str(tuple(given.shape))
+            raise ValueError(
+                f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; choose another"
+            )
+        self._features = _channels_second(layer, given)
+        self._runs = self._runs + 1 if self._running else 1
+        self._taken = False
+
+
+class _Hook:
+    """A hook that stays behind when its model is copied or pickled."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What takes any arguments, returns None and unpickles where this package is not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: what a checkpoint runs again there must not refill the tap."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _found(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if isinstance(layer, str):
+        if layer in modules:
+            return layer, modules[layer]
+        raise ValueError(f"layer must be the dotted name of a module in model.named_modules(), got {layer!r}")
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a module of the model or its dotted name, got {type(layer).__name__}")
+    for name, module in modules.items():
+        if module is layer:
+            return name, module
+    raise ValueError(f"layer must be a module of the model, got another {type(layer).__name__}")
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _channels_second(layer: nn.Module, features: Tensor) -> Tensor:
+    return features.movedim(-1, 1) if isinstance(layer, nn.Linear) else features
+
+
+def _main_logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for key in ("out", "logits"):
+            if key in output:
+                return _main_logits(output[key])
+    if hasattr(output, "logits"):
+        return _main_logits(output.logits)
+    if isinstance(output, (tuple, list)) and output:
+        return _main_logits(output[0])
+    raise ValueError(
+        f"model must return its logits as a tensor, as 'out' or 'logits', or first in a tuple, got "
+        f"{type(output).__name__}; give FeatureTap(model, layer=NAME) the layer whose input are the features"
+    )
+
+
+def _nearest(start: Node, seen: _Seen) -> list[tuple[str, nn.Module, Tensor]]:
+    """The layers met first on each way back through the graph, passing those whose input is no feature map."""
+    found, visited, waiting = [], {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            name, module, features = seen[node]
+            if features.dim() == 4 and _channels_second(module, features).shape[1] >= 2:
+                found.append((name, module, features))
+                continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                waiting.append(following)
+    return found

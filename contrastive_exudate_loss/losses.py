@@ -1,0 +1,545 @@
+"""The three losses: check what comes in, compose the parts, weigh the terms."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss.contrast import CONTRASTS, best_of_each_label, contrast_loss
+from contrastive_exudate_loss.features import FeatureTap
+from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer_contour
+from contrastive_exudate_loss.patches import (
+    at_pixels,
+    cut_patches,
+    lesion_fraction,
+    paste_patches,
+    patch_counts,
+    patch_sides,
+)
+from contrastive_exudate_loss.pooling import embeddings, masked_sums
+
+
+class _MaskLoss(nn.Module):
+    """A loss whose target is a mask of 0, 1 and ignore_index."""
+
+    def __init__(self, ignore_index: int | None) -> None:
+        super().__init__()
+        _checks.check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
+        self._values_checked = False
+
+    def _check_values(self, target: Tensor) -> None:
+        """Check the target's values: on the CPU every time, elsewhere (it waits for the device) the first time."""
+        if torch.compiler.is_compiling() or target.device.type == "meta":
+            return
+        if target.device.type != "cpu" and self._values_checked:
+            return
+        if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        _checks.check_target_values(target, self.ignore_index)
+        self._values_checked = True
+
+    def _lesion_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, H, W), bool: target == 1, and target != ignore_index."""
+        lesion = target if target.dtype == torch.bool else target == 1
+        if self.ignore_index is None or not _checks.holds(target.dtype, self.ignore_index):
+            return lesion, torch.ones_like(lesion)
+        return lesion, target != self.ignore_index
+
+
+class _PatchContrastLoss(_MaskLoss):
+    """What the two terms share: their patches, their contrast and the order of the steps."""
+
+    def __init__(
+        self,
+        patch_size: int | None,
+        num_patches: int | None,
+        temperature: float,
+        contrast: str,
+        max_patches: int | None,
+        ignore_index: int | None,
+    ) -> None:
+        super().__init__(ignore_index)
+        if patch_size is not None and num_patches is not None:
+            raise ValueError(f"give patch_size or num_patches, not both, got {patch_size!r} and {num_patches!r}")
+        if patch_size is not None:
+            _checks.check_integer("patch_size", patch_size, 1)
+        if num_patches is not None:
+            _checks.check_integer("num_patches", num_patches, 1)
+        _checks.check_number("temperature", temperature, 1e-3)
+        _checks.check_choice("contrast", contrast, CONTRASTS)
+        if max_patches is not None:
+            _checks.check_integer("max_patches", max_patches, 2)
+        self.patch_size = 16 if patch_size is None and num_patches is None else patch_size
+        self.num_patches = num_patches
+        self.temperature = temperature
+        self.contrast = contrast
+        self.max_patches = max_patches
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        features, target = self._checked(features, target)
+        with _full_precision(target.device):
+            masks, *fraction = self._masks(target)
+            sums, counts = masked_sums(features, masks, self._sides(target))
+            return self._contrast(sums, counts, *fraction)
+
+    def extra_repr(self) -> str:
+        options = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
+        """The masks to pool, (B, T, H, W) bool, and, where labels come of them, the patches' lesion fractions."""
+        raise NotImplementedError
+
+    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
+        """The loss of the pooled masks: sums (B, T, gh, gw, C), counts (B, T, gh, gw)."""
+        raise NotImplementedError
+
+    def _checked(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        _checks.check_target(target)
+        _checks.check_features(features, target)
+        target = _plain(target)
+        self._check_values(target)
+        return _plain(features), target
+
+    def _sides(self, target: Tensor) -> tuple[int, int]:
+        return patch_sides(target.shape[2], target.shape[3], self.patch_size, self.num_patches)
+
+    def _fraction(self, lesion: Tensor, valid: Tensor) -> Tensor:
+        sides = self._sides(lesion)
+        return lesion_fraction(patch_counts(lesion, sides), patch_counts(valid, sides))
+
+    def _class_mean(
+        self,
+        vectors: Tensor,
+        labels: Tensor,
+        present: Tensor,
+        priority: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Tensor:
+        """Mean over the K classes of the contrast of their embeddings, (K, M, C), labels and presence, (K, M).
+
+        With a limit only so many of each label, by lowest priority; max_patches draws the priority.
+        """
+        losses = []
+        for k in range(len(vectors)):
+            vector, label, here = vectors[k], labels[k], present[k]
+            if self.max_patches is not None:
+                drawn = torch.randperm(len(vector), device=vector.device)
+                index, here = best_of_each_label(drawn, label, here, self.max_patches)
+                vector, label = vector[index], label[index]
+            elif priority is not None and limit is not None:
+                index, here = best_of_each_label(priority[k], label, here, limit)
+                vector, label = vector[index], label[index]
+            losses.append(contrast_loss(vector, label, here, temperature=self.temperature, contrast=self.contrast))
+        return torch.stack(losses).mean()
+
+
+class PatchDensityContrastLoss(_PatchContrastLoss):
+    """Contrast of the mean features of dense patches against those of sparse patches.
+
+    A patch is dense when its lesion fraction (lesion pixels / valid pixels) is above threshold, else sparse.
+    Each class of the target has its own contrast, over all images of the batch, and the classes are averaged.
+
+    Args:
+        patch_size: side of a patch in target pixels, >= 1; None means 16 unless num_patches is given.
+        num_patches: patches per axis, >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n).
+        threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1.
+        temperature: divides the cosine similarities, >= 0.001.
+        contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
+        select: "all", or an int k >= 2: only the k densest dense and the k sparsest sparse patches of the batch.
+        max_patches: at most that many (>= 2) random patches per label, drawn anew at each call; not with select.
+        ignore_index: target value of pixels that count for nothing, neither 0 nor 1. A patch without valid pixels
+            takes no part. With 255, the lesions of a 0/255 mask would all be ignored.
+
+    Shape:
+        features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
+        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        Returns (), float32 (float64 for float64 features): 0, with zero gradients, where no patch is dense, none is
+        sparse, or no label has two.
+
+    Raises:
+        TypeError, ValueError: an option or a tensor is not as above; on CUDA the target's values are checked at the
+            first call only.
+
+    Example:
+        >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
+        >>> target = torch.zeros(2, 1, 64, 64)
+        >>> target[:, :, 16:48, 16:48] = 1
+        >>> loss = PatchDensityContrastLoss(patch_size=16)(features, target)
+        >>> loss.backward()
+
+    Reference:
+        Tang et al. 2023, arXiv 2302.11517, patch density.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | None = None,
+        *,
+        num_patches: int | None = None,
+        threshold: float = 0.5,
+        temperature: float = 0.05,
+        contrast: str = "nt_xent",
+        select: int | Literal["all"] = "all",
+        max_patches: int | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index)
+        _checks.check_number("threshold", threshold, 0, below=1)
+        if isinstance(select, str):
+            _checks.check_choice("select", select, ("all",))
+        else:
+            _checks.check_integer("select", select, 2)
+            if max_patches is not None:
+                raise ValueError(f"give select or max_patches, not both, got {select} and {max_patches}")
+        self.threshold = threshold
+        self.select = select
+
+    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
+        lesion, valid = self._lesion_and_valid(target)
+        return valid, self._fraction(lesion, valid)
+
+    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
+        (share,) = fraction
+        dense = share > self.threshold
+        densest_and_sparsest_first = torch.where(dense, -share, share)
+        limit = None if isinstance(self.select, str) else self.select
+        return self._class_mean(
+            vectors=embeddings(sums, counts).movedim(1, 0).flatten(1, 3),
+            labels=dense.to(counts.device).movedim(1, 0).flatten(1),
+            present=(counts > 0).movedim(1, 0).flatten(1),
+            priority=densest_and_sparsest_first.movedim(1, 0).flatten(1),
+            limit=limit,
+        )
+
+
+class PatchEdgeContrastLoss(_PatchContrastLoss):
+    """Contrast of the mean features just inside lesion contours against those just outside.
+
+    The inner band holds the lesion pixels within inner_radius of background, the outer band the background pixels
+    within outer_radius of a lesion. The image border is no contour, and ignored pixels are neither lesion nor
+    background. In each patch each band gives one embedding, an empty band none.
+    Each class of the target has its own contrast, over all images of the batch, and the classes are averaged.
+
+    Args:
+        patch_size: side of a patch in target pixels, >= 1; None means 16 unless num_patches is given.
+        num_patches: patches per axis, >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n).
+        inner_radius: in target pixels, >= 1; with density_threshold also a pair (in sparse, in dense patches).
+        outer_radius: likewise.
+        footprint: what within a radius means: "square" (Chebyshev distance) or "cross" (Manhattan distance).
+        isolate_patches: cut each patch out first. Its outside, also the image's, counts as background for the inner
+            band, and a patch whose valid pixels are all lesion or all background has no contour.
+        scope: "patch" (one inner and one outer embedding a patch) or "image" (one of each an image).
+        density_threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1; a pixel's radius is then
+            that of its patch.
+        temperature: divides the cosine similarities, >= 0.001.
+        contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
+        max_patches: at most that many (>= 2) random embeddings per label, drawn anew at each call.
+        ignore_index: target value of pixels that count for nothing, neither 0 nor 1. With 255, the lesions of a
+            0/255 mask would all be ignored.
+
+    Shape:
+        features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
+        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        Returns (), float32 (float64 for float64 features): 0, with zero gradients, where there is no contour or no
+        band has two embeddings.
+
+    Raises:
+        TypeError, ValueError: an option or a tensor is not as above; on CUDA the target's values are checked at the
+            first call only.
+
+    Example:
+        >>> features = torch.rand(2, 8, 16, 16, requires_grad=True)
+        >>> target = torch.zeros(2, 1, 64, 64)
+        >>> target[:, :, 20:40, 20:40] = 1
+        >>> loss = PatchEdgeContrastLoss(inner_radius=1, outer_radius=3, footprint="cross")(features, target)
+        >>> loss.backward()
+
+    Reference:
+        Tang et al. 2023, arXiv 2302.11517, patch edge.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | None = None,
+        *,
+        num_patches: int | None = None,
+        inner_radius: int | tuple[int, int] = 2,
+        outer_radius: int | tuple[int, int] = 2,
+        footprint: str = "square",
+        isolate_patches: bool = False,
+        scope: str = "patch",
+        density_threshold: float | None = None,
+        temperature: float = 0.05,
+        contrast: str = "nt_xent",
+        max_patches: int | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index)
+        if density_threshold is not None:
+            _checks.check_number("density_threshold", density_threshold, 0, below=1)
+        _checks.check_radius("inner_radius", inner_radius, pairs=density_threshold is not None)
+        _checks.check_radius("outer_radius", outer_radius, pairs=density_threshold is not None)
+        _checks.check_choice("footprint", footprint, FOOTPRINTS)
+        _checks.check_flag("isolate_patches", isolate_patches)
+        _checks.check_choice("scope", scope, ("patch", "image"))
+        self.inner_radius = inner_radius
+        self.outer_radius = outer_radius
+        self.footprint = footprint
+        self.isolate_patches = isolate_patches
+        self.scope = scope
+        self.density_threshold = density_threshold
+
+    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
+        lesion, valid = self._lesion_and_valid(target)
+        background = outside = valid & ~lesion
+        sides, size = self._sides(target), (target.shape[2], target.shape[3])
+        dense = None
+        if self.density_threshold is not None:
+            dense = (self._fraction(lesion, valid) > self.density_threshold).to(target.device)
+            dense = dense[..., None, None] if self.isolate_patches else at_pixels(dense, sides, size)
+        if self.isolate_patches:
+            lesion = cut_patches(lesion, sides, fill=False, margin=1)
+            outside = cut_patches(background, sides, fill=True, margin=1)
+            background = cut_patches(background, sides, fill=False, margin=1)
+            outside = outside & background.any(-1).any(-1)[..., None, None]
+        inner = self._band(inner_contour, lesion, outside, self.inner_radius, dense)
+        outer = self._band(outer_contour, lesion, background, self.outer_radius, dense)
+        if self.isolate_patches:
+            inner, outer = (paste_patches(band, size, margin=1) for band in (inner, outer))
+        return (torch.cat([inner, outer], 1),)
+
+    def _band(
+        self,
+        contour: Callable[[Tensor, Tensor, int, str], Tensor],
+        lesion: Tensor,
+        background: Tensor,
+        radius: int | tuple[int, int],
+        dense: Tensor | None,
+    ) -> Tensor:
+        in_sparse, in_dense = (radius, radius) if isinstance(radius, int) else radius
+        band = contour(lesion, background, in_sparse, self.footprint)
+        if dense is None or in_sparse == in_dense:
+            return band
+        return torch.where(dense, contour(lesion, background, in_dense, self.footprint), band)
+
+    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
+        if self.scope == "image":
+            sums, counts = sums.sum((2, 3), keepdim=True), counts.sum((2, 3), keepdim=True)
+        # (B, 2 K, gh, gw) to (K, 2, B, gh, gw): of each class all inner embeddings, then all outer ones.
+        pairs = (2, counts.shape[1] // 2)
+        vectors = embeddings(sums, counts).unflatten(1, pairs).movedim((2, 1), (0, 1))
+        present = (counts > 0).unflatten(1, pairs).movedim((2, 1), (0, 1))
+        labels = torch.zeros_like(present)
+        labels[:, 0] = True
+        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1))
+
+
+class LossTerms(NamedTuple):
+    """What CombinedExudateLoss.terms gives: total = supervised + alpha density + beta edge, each a scalar tensor."""
+
+    total: Tensor
+    supervised: Tensor
+    density: Tensor
+    edge: Tensor
+
+
+class CombinedExudateLoss(_MaskLoss):
+    """A supervised loss on the logits plus the two contrastive terms on the features behind them.
+
+        total = supervised + alpha density + beta edge
+
+    Args:
+        alpha: weight of the density term, finite and >= 0; 0 skips its work. May be set between steps.
+        beta: weight of the edge term, likewise.
+        supervised: called as supervised(logits, target), gives a scalar; None is binary cross-entropy with logits,
+            the mean over valid pixels. It gets the target as it is, ignored values too.
+        density: None is PatchDensityContrastLoss(ignore_index=ignore_index).
+        edge: None is PatchEdgeContrastLoss(ignore_index=ignore_index).
+        ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
+            the lesions of a 0/255 mask would all be ignored.
+        features: a FeatureTap on the model, which then gives the features; features given to a call win over it.
+
+    Shape:
+        logits: (B, K, H, W), floating.
+        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        features: (B, C, h, w), floating, C >= 2, any h and w. Not needed where alpha and beta are 0.
+        Returns (), float32 (float64 where logits or features are).
+
+    Raises:
+        TypeError, ValueError: an option or a tensor is not as above, no features are given, or a part's ignore_index
+            contradicts this one's.
+        RuntimeError: the tap has nothing to give.
+
+    Example:
+        >>> logits = torch.randn(2, 1, 64, 64, requires_grad=True)
+        >>> features = torch.rand(2, 8, 32, 32, requires_grad=True)
+        >>> target = torch.zeros(2, 1, 64, 64)
+        >>> target[:, :, 20:40, 20:40] = 1
+        >>> criterion = CombinedExudateLoss()
+        >>> loss = criterion(logits, target, features)
+        >>> loss.backward()
+        >>> criterion.terms(logits, target, features)._fields
+        ('total', 'supervised', 'density', 'edge')
+
+    Reference:
+        Tang et al. 2023, arXiv 2302.11517: alpha = 0.02 and beta = 0.1.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.02,
+        beta: float = 0.1,
+        *,
+        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        density: PatchDensityContrastLoss | None = None,
+        edge: PatchEdgeContrastLoss | None = None,
+        ignore_index: int | None = None,
+        features: FeatureTap | None = None,
+    ) -> None:
+        super().__init__(ignore_index)
+        self.alpha = alpha
+        self.beta = beta
+        if supervised is not None and not callable(supervised):
+            raise TypeError(f"supervised must be None or callable as (logits, target), got {type(supervised).__name__}")
+        if features is not None and not isinstance(features, FeatureTap):
+            raise TypeError(
+                f"features must be None or a FeatureTap, got {type(features).__name__}; give a tensor of features to "
+                "each call instead"
+            )
+        self.supervised = supervised
+        self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
+        self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
+        self.tap = features
+        _checks.check_part("density", self.density, PatchDensityContrastLoss, ignore_index)
+        _checks.check_part("edge", self.edge, PatchEdgeContrastLoss, ignore_index)
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the density term."""
+        return float(self._alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        _checks.check_number("alpha", value, 0)
+        # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
+        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64), value > 0
+
+    @property
+    def beta(self) -> float:
+        """Weight of the edge term."""
+        return float(self._beta)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        _checks.check_number("beta", value, 0)
+        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64), value > 0
+
+    def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
+        return self.terms(logits, target, features).total
+
+    def terms(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> LossTerms:
+        """The weighted total and its three parts, density and edge unweighted, 0 where skipped; for logs.
+
+        Args, Raises: as a call of the criterion, instead of which it stands: total is what to differentiate.
+        """
+        _checks.check_target(target)
+        _checks.check_logits(logits, target)
+        used = self._uses_density or self._uses_edge
+        if features is None and self.tap is not None:
+            features = _tapped(self.tap, logits, used)
+        if features is None and used:
+            raise ValueError(
+                "features must be given, as criterion(logits, target, features) or by "
+                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped"
+            )
+        supervised = self._supervised(logits, target)
+        density = edge = supervised.new_zeros(())
+        if features is not None and used:
+            density, edge = self._contrasts(features, target, density)
+        alpha, beta = self._alpha.to(density.dtype), self._beta.to(edge.dtype)
+        return LossTerms(supervised + alpha * density + beta * edge, supervised, density, edge)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"tap": None}
+
+    def _supervised(self, logits: Tensor, target: Tensor) -> Tensor:
+        if self.supervised is None:
+            logits, target = _plain(logits), _plain(target)
+            self._check_values(target)
+            with _full_precision(target.device):
+                lesion, valid = self._lesion_and_valid(target)
+                return _binary_cross_entropy(logits, lesion, None if self.ignore_index is None else valid)
+        loss = self.supervised(logits, target)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
+        if loss.dim() > 0:
+            raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
+        loss = _plain(loss)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _contrasts(self, features: Tensor, target: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        density, edge = self.density, self.edge
+        # A subclass may do as it likes in its forward; the two classes of this package share one pooling.
+        ours = type(density) is PatchDensityContrastLoss and type(edge) is PatchEdgeContrastLoss
+        both = self._uses_density and self._uses_edge
+        if not (ours and both and density._sides(target) == edge._sides(target)):
+            return (
+                density(features, target) if self._uses_density else zero,
+                edge(features, target) if self._uses_edge else zero,
+            )
+        density._checked(features, target)
+        features, target = edge._checked(features, target)
+        with _full_precision(target.device):
+            whole, *fraction = density._masks(target)
+            (bands,) = edge._masks(target)
+            sums, counts = masked_sums(features, torch.cat([whole, bands], 1), edge._sides(target))
+            k = whole.shape[1]
+            return (
+                density._contrast(sums[:, :k], counts[:, :k], *fraction),
+                edge._contrast(sums[:, k:], counts[:, k:]),
+            )
+
+
+def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
+    if not used:
+        tap.drop()
+        return None
+    features = tap.take()
+    if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
+        raise ValueError(
+            "features from the tap must require a gradient like logits, got features without; a checkpointed layer "
+            "needs torch.utils.checkpoint(..., use_reentrant=False), and where all before the last layer is frozen "
+            "the terms can train nothing: set alpha = beta = 0"
+        )
+    return features
+
+
+def _binary_cross_entropy(logits: Tensor, lesion: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid pixels (None: all) of the cross-entropy with logits, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if valid is None:
+        return F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype))
+    # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
+    logits = logits.masked_fill(~valid, 0)
+    total = F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype), valid.to(logits.dtype), reduction="sum")
+    return total / valid.sum().clamp(min=1)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without its subclass, such as MONAI's MetaTensor."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

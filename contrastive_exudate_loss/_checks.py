@@ -98,7 +98,7 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
 
 
 def check_features(features: Tensor, target: Tensor) -> None:
-    """Raise unless features is a floating (B, C >= 2, h, w) tensor with the batch and device of the (checked) target."""
+    """Raise unless features is floating, (B, C >= 2, h, w), with the batch and device of the (checked) target."""
     _check_images("features", features, "(B, C, h, w)", "give one feature map per image, channels second")
     _check_floating("features", features)
     _check_device("features", features, target)

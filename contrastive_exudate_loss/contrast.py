@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 CONTRASTS = ("nt_xent", "sup_con")
 # Similarities per tile: small enough for a CPU's cache, large enough for a matrix product.
@@ -39,7 +38,7 @@ def contrast_loss(
     Returns:
         (), of the embeddings' dtype; 0 with zero gradients where there is no positive pair or no negative.
     """
-    loss: Tensor = _Contrast.apply(directions(embeddings), labels, present, temperature, contrast)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Contrast.apply(directions(embeddings), labels, present, temperature, contrast)
     return loss
 
 
@@ -88,15 +87,26 @@ def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit:
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str) -> Tensor:
+        loss: Tensor
         loss, gradient = _loss_and_gradient(z, labels, present, temperature, contrast, ctx.needs_input_grad[0])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(z, gradient)
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return scale * gradient, None, None, None, None
+        return _Gradient.apply(scale, *ctx.saved_tensors), None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The contrast's gradient, which depends on z but knows no derivative: it refuses one rather than give 0."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+        return scale * gradient
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("the contrastive terms have no second derivative; differentiate them once")
 
 
 @torch.library.custom_op("contrastive_exudate_loss::contrast", mutates_args=())

@@ -121,7 +121,7 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = {"_features": None, "_handles": [], "_watchers": [], "_seen": {}, "_closed": True}
+        untapped: dict[str, Any] = {"_features": None, "_handles": [], "_watchers": [], "_seen": {}, "_closed": True}
         return self.__dict__ | untapped
 
     def _begin(self, model: nn.Module, args: Any) -> None:

@@ -441,6 +441,7 @@ class CombinedExudateLoss(_MaskLoss):
         self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64), value > 0
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
+        """The weighted total; arguments as under Shape."""
         return self.terms(logits, target, features).total
 
     def terms(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> LossTerms:
@@ -466,6 +467,7 @@ class CombinedExudateLoss(_MaskLoss):
         return LossTerms(supervised + alpha * density + beta * edge, supervised, density, edge)
 
     def extra_repr(self) -> str:
+        """What repr shows beside the parts."""
         return f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
 
     def __getstate__(self) -> dict[str, Any]:

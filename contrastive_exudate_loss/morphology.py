@@ -31,8 +31,10 @@ def dilation(mask: Tensor, radius: int, footprint: str) -> Tensor:
     """
     if radius == 0:
         return mask
-    # A CPU max-pool over one channel is slower than OR-ing shifted copies; a GPU has a kernel for it.
-    return (_shifted if mask.device.type == "cpu" else _pooled)(mask, radius, footprint)
+    # A CPU max-pool over one channel is slower than OR-ing shifted copies, which in turn torch 2.14 compiles to C++
+    # that the compiler refuses.
+    shift = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (_shifted if shift else _pooled)(mask, radius, footprint)
 
 
 def inner_contour(lesion: Tensor, background: Tensor, radius: int, footprint: str) -> Tensor:

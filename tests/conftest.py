@@ -1,0 +1,20 @@
+"""Profiles of hypothesis and the skipping of tests that need a GPU."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Slow loops are the oracle: no deadline, and the same cases in each run of CI.
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

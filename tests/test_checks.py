@@ -1,0 +1,212 @@
+"""What bad input says: the argument, what was expected, what came, and the remedy where there is one."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss._checks import holds
+
+Density, Edge, Combined = PatchDensityContrastLoss, PatchEdgeContrastLoss, CombinedExudateLoss
+
+BOTH = (Density, Edge)
+# (modules, options, error, what its text holds)
+OPTIONS = [
+    (BOTH, {"patch_size": 0}, ValueError, "patch_size must be an int >= 1, got 0"),
+    (BOTH, {"patch_size": 16.0}, TypeError, "patch_size must be an int >= 1, got 16.0 of type float"),
+    (BOTH, {"patch_size": True}, TypeError, "patch_size must be an int >= 1, got True of type bool"),
+    (BOTH, {"patch_size": (16, 16)}, TypeError, "patch_size must be an int"),
+    (BOTH, {"num_patches": 0}, ValueError, "num_patches must be an int >= 1, got 0"),
+    (BOTH, {"num_patches": "8"}, TypeError, "num_patches must be an int >= 1, got '8' of type str"),
+    (BOTH, {"patch_size": 16, "num_patches": 16}, ValueError, "give patch_size or num_patches, not both, got 16 and 16"),
+    (BOTH, {"temperature": 0}, ValueError, "temperature must be a number >= 0.001 and finite, got 0"),
+    (BOTH, {"temperature": -1.0}, ValueError, "temperature must be"),
+    (BOTH, {"temperature": math.inf}, ValueError, "temperature must be a number >= 0.001 and finite, got inf"),
+    (BOTH, {"temperature": math.nan}, ValueError, "temperature must be a number >= 0.001 and finite, got nan"),
+    (BOTH, {"temperature": "0.1"}, TypeError, "temperature must be a number >= 0.001 and finite, got '0.1' of type str"),
+    (BOTH, {"contrast": "ntxent"}, ValueError, "contrast must be 'nt_xent' or 'sup_con', got 'ntxent'"),
+    (BOTH, {"contrast": None}, TypeError, "contrast must be 'nt_xent' or 'sup_con', got None of type NoneType"),
+    (BOTH, {"max_patches": 1}, ValueError, "max_patches must be an int >= 2, got 1"),
+    (BOTH, {"max_patches": 2.5}, TypeError, "max_patches must be an int >= 2, got 2.5 of type float"),
+    ((*BOTH, Combined), {"ignore_index": 0}, ValueError, "ignore_index must be neither 0 (background) nor 1 (lesion)"),
+    ((*BOTH, Combined), {"ignore_index": 1}, ValueError, "ignore_index must be neither 0 (background) nor 1 (lesion)"),
+    ((*BOTH, Combined), {"ignore_index": -1.0}, TypeError, "ignore_index must be None or an int, got -1.0 of type float"),
+    ((*BOTH, Combined), {"ignore_index": True}, TypeError, "ignore_index must be None or an int, got True of type bool"),
+    ((Density,), {"threshold": 1}, ValueError, "threshold must be a number >= 0 and < 1, got 1"),
+    ((Density,), {"threshold": -0.1}, ValueError, "threshold must be a number >= 0 and < 1, got -0.1"),
+    ((Density,), {"threshold": None}, TypeError, "threshold must be a number >= 0 and < 1, got None of type NoneType"),
+    ((Density,), {"select": 1}, ValueError, "select must be an int >= 2, got 1"),
+    ((Density,), {"select": "some"}, ValueError, "select must be 'all', got 'some'"),
+    ((Density,), {"select": None}, TypeError, "select must be an int >= 2, got None"),
+    ((Density,), {"select": 3, "max_patches": 3}, ValueError, "give select or max_patches, not both, got 3 and 3"),
+    ((Edge,), {"inner_radius": 0}, ValueError, "inner_radius must be an int >= 1, got 0"),
+    ((Edge,), {"outer_radius": -2}, ValueError, "outer_radius must be an int >= 1, got -2"),
+    ((Edge,), {"outer_radius": 1.5}, TypeError, "outer_radius must be an int >= 1 or a pair of ints, got 1.5"),
+    ((Edge,), {"inner_radius": (1, 2)}, ValueError, "inner_radius must be an int >= 1 unless density_threshold is given"),
+    ((Edge,), {"inner_radius": (1, 2, 3), "density_threshold": 0.5}, ValueError, "inner_radius must be an int >= 1 or a pair"),
+    ((Edge,), {"inner_radius": (1, 0), "density_threshold": 0.5}, ValueError, "inner_radius must be an int >= 1, got 0"),
+    ((Edge,), {"inner_radius": (1, "2"), "density_threshold": 0.5}, TypeError, "inner_radius must be an int >= 1, got '2'"),
+    ((Edge,), {"density_threshold": 1.0}, ValueError, "density_threshold must be a number >= 0 and < 1, got 1.0"),
+    ((Edge,), {"footprint": "disk"}, ValueError, "footprint must be 'square' or 'cross', got 'disk'"),
+    ((Edge,), {"footprint": 3}, TypeError, "footprint must be 'square' or 'cross', got 3 of type int"),
+    ((Edge,), {"scope": "batch"}, ValueError, "scope must be 'patch' or 'image', got 'batch'"),
+    ((Edge,), {"isolate_patches": 1}, TypeError, "isolate_patches must be True or False, got 1 of type int"),
+    ((Combined,), {"alpha": -0.1}, ValueError, "alpha must be a number >= 0 and finite, got -0.1"),
+    ((Combined,), {"alpha": math.nan}, ValueError, "alpha must be a number >= 0 and finite, got nan"),
+    ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "alpha must be a number >= 0 and finite, got tensor(0.1000)"),
+    ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite, got inf"),
+    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite, got '0.1' of type str"),
+    ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got str"),
+    ((Combined,), {"density": Edge()}, TypeError, "density must be None or a PatchDensityContrastLoss, got PatchEdge"),
+    ((Combined,), {"edge": 0.1}, TypeError, "edge must be None or a PatchEdgeContrastLoss, got float"),
+    ((Combined,), {"edge": Edge(), "ignore_index": -1}, ValueError, "edge must have ignore_index=-1 like the criterion"),
+    ((Combined,), {"density": Density(ignore_index=2), "ignore_index": -1}, ValueError, "density must have ignore_index=-1"),
+    ((Combined,), {"features": torch.ones(1, 2, 4, 4)}, TypeError, "features must be None or a FeatureTap, got Tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "text"),
+    [(module, *rest) for modules, *rest in OPTIONS for module in modules],
+    ids=lambda value: value.__name__ if isinstance(value, type) else re.sub(r"\W+", "-", str(value))[:60],
+)
+def test_bad_options_are_refused(module, options, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        module(**options)
+
+
+FEATURES, MASK = torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 16, 16)
+LOGITS = torch.zeros(2, 1, 16, 16)
+
+
+def spoiled(value):
+    mask = MASK.clone()
+    mask[0, 0, 3, 3] = value
+    return mask
+
+
+# (what to replace, by what, error, what its text holds)
+TENSORS = [
+    ("features", torch.zeros(4, 8, 8), ValueError, "features must be (B, C, h, w), got (4, 8, 8)"),
+    ("features", torch.zeros(3, 4, 8, 8), ValueError, "features must be (B, C, h, w) with target's B = 2, got (3, 4, 8, 8)"),
+    ("features", torch.zeros(2, 1, 8, 8), ValueError, "features must have at least 2 channels"),
+    ("features", torch.zeros(2, 4, 0, 8), ValueError, "features must be (B, C, h, w) with no axis of length 0"),
+    ("features", torch.zeros(2, 4, 8, 8).long(), TypeError, "features must be floating, got torch.int64"),
+    ("features", torch.zeros(2, 4, 8, 8, dtype=torch.complex64), TypeError, "features must be floating, got torch.complex64"),
+    ("features", torch.zeros(2, 4, 8, 8, device="meta"), ValueError, "features must be on target's device cpu, got meta"),
+    ("features", FEATURES.numpy(), TypeError, "features must be a (B, C, h, w) torch.Tensor, got ndarray"),
+    ("features", FEATURES.to_sparse(), TypeError, "features must be a dense (B, C, h, w) tensor"),
+    ("target", torch.zeros(2, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 16, 16); add the class axis"),
+    ("target", torch.zeros(2, 0, 16, 16), ValueError, "target must be (B, K, H, W) with no axis of length 0"),
+    ("target", torch.zeros(2, 1, 16, 16, dtype=torch.complex64), TypeError, "target must be bool, integer or floating"),
+    ("target", [[0, 1]], TypeError, "target must be a (B, K, H, W) torch.Tensor, got list"),
+    ("target", MASK.to("meta"), ValueError, "must be on target's device meta, got cpu; move target with"),
+    ("target", spoiled(255), ValueError, "target must hold only 0 and 1, got 255.0 (dtype torch.float32); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion)"),
+    ("target", spoiled(255).byte(), ValueError, "target must hold only 0 and 1, got 255 (dtype torch.uint8)"),
+    ("target", spoiled(0.5), ValueError, "target must hold only 0 and 1, got 0.5"),
+    ("target", spoiled(-1).long(), ValueError, "target must hold only 0 and 1, got -1"),
+    ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
+    ("logits", torch.zeros(2, 16, 16), ValueError, "logits must be (B, K, H, W), got (2, 16, 16); add the class axis"),
+    ("logits", torch.zeros(3, 1, 16, 16), ValueError, "logits must be (B, K, H, W) = (2, 1, 16, 16) like target, got (3, 1, 16, 16); logits and target must come from the same batch"),
+    ("logits", torch.zeros(2, 2, 16, 16), ValueError, "got (2, 2, 16, 16); give one target channel per class"),
+    ("logits", torch.zeros(2, 1, 8, 8), ValueError, "got (2, 1, 8, 8); resize logits with torch.nn.functional.interpolate"),
+    ("logits", LOGITS.long(), TypeError, "logits must be floating, got torch.int64"),
+    ("logits", LOGITS.to("meta"), ValueError, "logits must be on target's device cpu, got meta"),
+    ("logits", None, TypeError, "logits must be a (B, K, H, W) torch.Tensor, got NoneType"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "error", "text"),
+    [
+        (module, *case)
+        for case in TENSORS
+        for module in (Density(), Edge(), Combined())
+        if case[0] != "logits" or isinstance(module, Combined)
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else re.sub(r"\W+", "-", str(value))[:60],
+)  # fmt: skip
+def test_bad_tensors_are_refused(module, name, value, error, text):
+    arguments = {"logits": LOGITS, "features": FEATURES, "target": MASK} | {name: value}
+    if not isinstance(module, Combined):
+        del arguments["logits"]
+    with pytest.raises(error, match=re.escape(text)):
+        module(**arguments)
+
+
+def test_missing_features_are_named():
+    with pytest.raises(ValueError, match="features must be given, .*FeatureTap"):
+        Combined()(LOGITS, MASK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "text"),
+    [
+        (torch.zeros(2), ValueError, "supervised must return a scalar, got (2,); give it reduction='mean'"),
+        (0.5, TypeError, "supervised must return a scalar tensor, got float"),
+    ],
+    ids=["vector", "float"],
+)
+def test_a_supervised_loss_that_is_no_scalar_is_refused(returned, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        Combined(supervised=lambda *_: returned)(LOGITS, MASK, FEATURES)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_weights_are_checked_when_set(name):
+    criterion = Combined()
+    with pytest.raises(ValueError, match=f"{name} must be a number >= 0 and finite, got -1"):
+        setattr(criterion, name, -1)
+
+
+def test_each_part_checks_by_its_own_ignore_index():
+    target = spoiled(255)
+    Combined(density=Density(ignore_index=255), edge=Edge(ignore_index=255), ignore_index=255)(LOGITS, target, FEATURES)
+    with pytest.raises(ValueError, match="target must hold only 0 and 1, got 255"):
+        Combined(density=Density(ignore_index=255), supervised=torch.nn.MSELoss())(LOGITS, target, FEATURES)
+    with pytest.raises(ValueError, match="target must hold only 0 and 1 and ignore_index = 255, got 7"):
+        Density(ignore_index=255)(FEATURES, spoiled(7))
+
+
+def test_values_are_checked_at_every_call_on_the_cpu():
+    loss = Density()
+    loss(FEATURES, MASK)
+    with pytest.raises(ValueError, match="target must hold only"):
+        loss(FEATURES, spoiled(2))
+
+
+@pytest.mark.cuda
+def test_values_are_checked_at_the_first_call_on_cuda():
+    loss = Density()
+    with pytest.raises(ValueError, match="target must hold only"):
+        loss(FEATURES.cuda(), spoiled(2).cuda())
+    loss(FEATURES.cuda(), MASK.cuda())
+    loss(FEATURES.cuda(), spoiled(2).cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int16])
+def test_holds_what_survives_a_round_trip(dtype):
+    for value in (*range(-300, 300), 2047, 2049, 4098, 2**15, 65504, 65505, 2**24, 2**24 + 1, 2**40):
+        try:
+            survives = int(torch.tensor(value, dtype=dtype)) == value
+        except (OverflowError, RuntimeError):
+            survives = False
+        assert holds(dtype, value) == survives, value
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "error", "text"),
+    [
+        ("unet", None, TypeError, "model must be a torch.nn.Module, got str"),
+        (torch.nn.DataParallel(torch.nn.Conv2d(2, 1, 1)), None, ValueError, "model must not be nn.DataParallel"),
+        (torch.nn.Conv2d(2, 1, 1), "head", ValueError, "layer must be the dotted name of a module"),
+        (torch.nn.Conv2d(2, 1, 1), 3, TypeError, "layer must be a module of the model or its dotted name, got int"),
+        (torch.nn.Conv2d(2, 1, 1), torch.nn.ReLU(), ValueError, "layer must be a module of the model, got another ReLU"),
+    ],
+    ids=["no module", "DataParallel", "unknown name", "no layer", "stranger"],
+)
+def test_a_bad_tap_is_refused(model, layer, error, text):
+    with pytest.raises(error, match=text):
+        FeatureTap(model, layer)

@@ -1,0 +1,222 @@
+"""Laws of the contrast; pytorch-metric-learning and float64 loops are the oracles."""
+
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+from strategies import CONTRASTS
+
+from contrastive_exudate_loss import contrast as module
+from contrastive_exudate_loss.contrast import best_of_each_label, contrast_loss, directions
+
+WAYS = {"by label": module._by_label, "by mask": module._by_mask}
+LIBRARY = {"nt_xent": NTXentLoss, "sup_con": SupConLoss}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Contrast by both of its ways, in tiles of a few rows; the loss is compared through its public door."""
+    chosen = WAYS[request.param]
+
+    def forced(z, labels, present, temperature, contrast, with_gradient):
+        return chosen(z, labels & present, ~labels & present, temperature, contrast, with_gradient)
+
+    monkeypatch.setattr(module, "_loss_and_gradient", forced)
+    monkeypatch.setattr(module, "TILE", 20)
+
+
+@st.composite
+def batches(draw, size=(1, 14), scale=(1e-3, 1.0, 1e3)):
+    """Embeddings (M, C), labels and presence, whole labels missing now and then."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    m, c = draw(st.integers(*size)), draw(st.integers(2, 5))
+    e = torch.randn(m, c, generator=generator, dtype=torch.float64) * draw(st.sampled_from(scale))
+    labels = torch.rand(m, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+    present = torch.rand(m, generator=generator) < draw(st.sampled_from([0.0, 0.7, 1.0]))
+    return e, labels, present
+
+
+def value_and_gradient(loss, e):
+    e = e.detach().clone().requires_grad_()
+    value = loss(e)
+    return value.detach(), torch.autograd.grad(value, e)[0]
+
+
+def loops(e, labels, present, temperature, contrast):
+    vectors = [vector for vector, here in zip(e, present, strict=True) if here]
+    return reference.contrast(vectors, labels[present].tolist(), temperature, contrast) + 0 * e.sum()
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.usefixtures("way")
+@given(batch=batches(), temperature=st.sampled_from([0.001, 0.01, 0.05, 1.0, 10.0]))
+@example((torch.eye(3, dtype=torch.float64), torch.tensor([True, False, False]), torch.ones(3) > 0), 0.05)
+@example((torch.ones(6, 2, dtype=torch.float64), torch.arange(6) < 3, torch.ones(6) > 0), 0.001)
+def test_contrast_equals_float64_loops(contrast, batch, temperature):
+    e, labels, present = batch
+    got = value_and_gradient(
+        lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e
+    )
+    wanted = value_and_gradient(lambda e: loops(e, labels, present, temperature, contrast), e)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, float(b.abs().max())))
+
+
+def pair_losses(e, labels, temperature):
+    """The smallest and largest loss of a positive pair (nt_xent) or of a pair in sup_con's mean."""
+    z = e / e.norm(dim=1, keepdim=True)
+    s = z @ z.T / temperature
+    same = labels[:, None] == labels
+    off = ~torch.eye(len(e), dtype=torch.bool)
+    lse = s.masked_fill(same, -math.inf).logsumexp(1, keepdim=True)
+    nt_xent = torch.logaddexp(torch.zeros_like(s), lse - s)[same & off]
+    everyone = s.masked_fill(~off, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([nt_xent, (everyone - s)[same & off]])
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.usefixtures("way")
+def test_contrast_equals_pytorch_metric_learning(contrast, seed):
+    generator = torch.Generator().manual_seed(seed)
+    e = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    labels = torch.rand(12, generator=generator) < 0.4
+    temperature = (0.1, 0.5, 2.0)[seed % 3]
+    bounds = pair_losses(e, labels, temperature)
+    assert 1e-6 < bounds.min() < bounds.max() < 80  # where the two definitions are the same number
+    library = LIBRARY[contrast](temperature=temperature)
+    wanted = value_and_gradient(lambda e: library(e, labels.long()), e)
+    present = torch.ones_like(labels)
+    got = value_and_gradient(
+        lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e
+    )
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@given(batch=batches(size=(2, 40)))
+def test_float32_is_close_to_float64(contrast, batch):
+    e, labels, present = batch
+
+    def loss(e):
+        return contrast_loss(e, labels, present, temperature=0.05, contrast=contrast)
+
+    wide, narrow = value_and_gradient(loss, e), value_and_gradient(loss, e.float())
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * max(1, float(1 / e.norm(dim=1).min()))
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@given(batches(), st.floats(1e-30, 1e30))
+def test_scaling_embeddings_leaves_the_contrast_alone(contrast, batch, scale):
+    e, labels, present = batch
+    losses = [
+        contrast_loss(e * factor, labels, present, temperature=0.05, contrast=contrast) for factor in (1, scale)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@given(batches(), st.randoms(use_true_random=False))
+def test_permuting_embeddings_leaves_the_contrast_alone(contrast, batch, random):
+    order = list(range(len(batch[0])))
+    random.shuffle(order)
+    losses = [
+        contrast_loss(*(tensor[chosen] for tensor in batch), temperature=0.05, contrast=contrast)
+        for chosen in (slice(None), order)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@given(batches())
+def test_absent_embeddings_count_for_nothing(contrast, batch):
+    e, labels, present = batch
+    among = contrast_loss(e, labels, present, temperature=0.05, contrast=contrast)
+    e, labels = e[present], labels[present]
+    alone = contrast_loss(e, labels, torch.ones_like(labels), temperature=0.05, contrast=contrast) if len(e) else 0.0
+    torch.testing.assert_close(among, torch.as_tensor(alone, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_separated_embeddings_have_the_smaller_loss(contrast):
+    labels = torch.arange(8) < 4
+    apart = torch.where(labels[:, None], torch.tensor([1.0, 0.1]), torch.tensor([-1.0, 0.1]))
+    mixed = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    apart, mixed = (contrast_loss(e, labels, labels | True, temperature=0.5, contrast=contrast) for e in (apart, mixed))
+    assert apart < mixed
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize(
+    ("dense", "sparse"), [(0, 0), (0, 1), (1, 0), (0, 4), (4, 0), (1, 1)], ids=lambda number: str(number)
+)
+@pytest.mark.usefixtures("way")
+def test_without_positive_pair_or_negative_the_loss_is_0_in_the_graph(contrast, dense, sparse):
+    e = torch.randn(dense + sparse + 1, 3, requires_grad=True)
+    labels = torch.arange(len(e)) < dense
+    present = torch.arange(len(e)) < dense + sparse
+    loss = contrast_loss(e, labels, present, temperature=0.05, contrast=contrast)
+    assert loss == 0
+    (gradient,) = torch.autograd.grad(loss, e)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.usefixtures("way")
+def test_a_zero_embedding_stays_in_with_zero_gradient(contrast, scale):
+    e = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * scale
+    e[2] = 0
+    labels = torch.arange(6) < 3
+    loss, gradient = value_and_gradient(
+        lambda e: contrast_loss(e, labels, labels | True, temperature=0.05, contrast=contrast), e
+    )
+    unit = e.double() / e.double().norm(dim=1, keepdim=True).clamp(min=1e-300)
+    wanted = reference.contrast(list(unit), labels.tolist(), 0.05, contrast)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert (gradient[2] == 0).all()
+    assert gradient.isfinite().all()
+    assert (gradient[[0, 1, 3, 4, 5]] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_or_infinite_embedding_makes_the_loss_nan(bad):
+    e = torch.ones(4, 2)
+    e[1, 0] = bad
+    assert contrast_loss(e, torch.arange(4) < 2, torch.ones(4) > 0, temperature=0.05).isnan()
+
+
+def test_double_backward_is_refused():
+    e = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    loss = contrast_loss(e, torch.arange(6) < 3, torch.ones(6) > 0, temperature=0.05)
+    (gradient,) = torch.autograd.grad(loss, e, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
+    z = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
+    labels, present = torch.arange(9) < 4, torch.arange(9) < 8
+    for with_gradient in (True, False):
+        torch.library.opcheck(module._loss_and_gradient, (z, labels, present, 0.05, contrast, with_gradient))
+
+
+@given(batches(), st.integers(1, 5))
+def test_best_of_each_label_equals_sorting(batch, limit):
+    _, labels, present = batch
+    priority = torch.arange(len(labels)) % 3  # many ties
+    index, kept = best_of_each_label(priority, labels, present, limit)
+    wanted = []
+    for label in (True, False):
+        members = [i for i in range(len(labels)) if present[i] and labels[i] == label]
+        wanted += sorted(members, key=lambda i: int(priority[i]))[:limit]
+    assert index[kept].tolist() == wanted
+    assert len(index) == 2 * min(len(labels), limit)

@@ -1,0 +1,119 @@
+"""Laws of masked average pooling at any feature resolution."""
+
+import pytest
+import reference
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import features_for, masks
+
+from contrastive_exudate_loss.pooling import embeddings, masked_sums
+
+
+@st.composite
+def cases(draw, side=(1, 20)):
+    mask = draw(masks(side=side))
+    sides = tuple(min(draw(st.integers(1, 9)), size) for size in mask.shape[-2:])
+    return draw(features_for(len(mask))), mask.bool(), sides
+
+
+def upsampled(features, size):
+    """The definition, materialised: each pixel's own feature vector."""
+    rows, columns = (torch.tensor(reference.cells(n, c)) for n, c in zip(size, features.shape[-2:], strict=True))
+    return features[:, :, rows[:, None], columns]
+
+
+def blank(batch, channels, cells, masks, pixels):
+    """Features and full masks of these shapes, both axes alike."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(batch, channels, cells, cells, generator=generator, dtype=torch.float64)
+    return features, torch.ones(batch, masks, pixels, pixels, dtype=torch.bool)
+
+
+@given(cases())
+@example((*blank(1, 2, 4, 1, 16), (5, 5)))  # stride 4, cells astride patches
+@example((*blank(1, 2, 2, 1, 16), (4, 4)))  # stride 8, several patches in a cell
+@example((*blank(1, 2, 7, 1, 20), (5, 5)))  # a stride that divides nothing
+@example((*blank(1, 2, 23, 1, 20), (6, 6)))  # features larger than the target
+def test_masked_sums_equal_loops(case):
+    features, mask, sides = case
+    features.requires_grad_()
+    sums, counts = masked_sums(features, mask, sides)
+    expected = torch.zeros_like(sums)
+    full = upsampled(features, mask.shape[-2:])
+    for y, rows in enumerate(reference.ranges(mask.shape[2], sides[0], None)):
+        for x, columns in enumerate(reference.ranges(mask.shape[3], sides[1], None)):
+            at = (..., slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            expected[:, :, y, x] = torch.einsum("bcij,btij->btc", full[at], mask[at].double())
+            assert torch.equal(counts[:, :, y, x], mask[at].double().sum((2, 3)))
+    torch.testing.assert_close(sums, expected)
+    weights = torch.randn(sums.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got, wanted = (torch.autograd.grad((value * weights).sum(), features)[0] for value in (sums, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_integer_strides_equal_torch_nearest_upsampling(stride):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 3, 24 // stride, 32 // stride, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 2, 24, 32, generator=generator) < 0.3
+    full = torch.nn.functional.interpolate(features, size=(24, 32), mode="nearest")
+    for a, b in zip(masked_sums(features, mask, (8, 8)), masked_sums(full, mask, (8, 8)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(cases())
+def test_pooling_ignores_pixels_outside_the_mask(case):
+    features, mask, sides = case
+    features = upsampled(features, mask.shape[-2:]).contiguous()
+    changed = torch.where(mask.any(1, keepdim=True), features, 1e6)
+    torch.testing.assert_close(masked_sums(changed, mask, sides)[0], masked_sums(features, mask, sides)[0])
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_pooling_commutes_with_permuting_the_batch(case, random):
+    features, mask, sides = case
+    order = list(range(len(mask)))
+    random.shuffle(order)
+    for a, b in zip(masked_sums(features[order], mask[order], sides), masked_sums(features, mask, sides), strict=True):
+        torch.testing.assert_close(a, b[order])
+
+
+@given(cases())
+def test_a_full_mask_gives_the_mean_and_an_empty_one_nothing(case):
+    features, mask, sides = case
+    full = torch.cat([torch.ones_like(mask[:, :1]), torch.zeros_like(mask[:, :1])], 1)
+    constant = torch.ones_like(features) * features[:1, :, :1, :1]
+    sums, counts = masked_sums(constant, full, sides)
+    means = embeddings(sums, counts)
+    torch.testing.assert_close(means[:, 0], constant[:, None, None, :, 0, 0].expand_as(means[:, 0]))
+    assert (means[:, 1] == 0).all()
+    assert (counts[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_float32(dtype):
+    # 4,096 ones: beyond 2,048 (float16) or 256 (bfloat16) adding 1 changes nothing.
+    features = torch.ones(1, 2, 64, 64, dtype=dtype)
+    sums, _ = masked_sums(features, torch.ones(1, 1, 64, 64, dtype=torch.bool), (64, 64))
+    assert sums.dtype == torch.float32
+    assert (sums == 4096).all()
+
+
+@pytest.mark.parametrize("cells", [64, 16, 20])
+def test_backward_keeps_no_tensor_of_the_features_size(cells):
+    kept = []
+    features = torch.randn(2, 32, cells, cells, requires_grad=True)
+    mask = torch.ones(2, 3, 64, 64, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        sums, _ = masked_sums(features, mask, (16, 16))
+    assert sums.requires_grad
+    assert all(tensor.numel() < features.numel() for tensor in kept)
+
+
+def test_inputs_stay_as_they_are():
+    features, mask = blank(2, 3, 5, 2, 12)
+    before = features.clone(), mask.clone()
+    masked_sums(features, mask, (4, 4))
+    assert torch.equal(features, before[0])
+    assert torch.equal(mask, before[1])

@@ -1,0 +1,299 @@
+"""Laws of FeatureTap: which layer it taps, when it holds features and how it leaves a model."""
+
+import copy
+import io
+import pickle
+import weakref
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap
+
+
+class Net(nn.Module):
+    """A body, a head and whatever the test does with them."""
+
+    def __init__(self, outcome=lambda net, x: net.head(net.body(x)), **layers):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(6, 1, 1)
+        self.outcome = outcome
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.outcome(self, x)
+
+
+class Output:
+    """A stand-in for the outputs of transformers."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+TARGET = (torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) > 0.7).float()
+
+
+def body(net, images=IMAGES):
+    return net.body(images)
+
+
+OUTCOMES = {
+    "tensor": lambda net, x: net.head(net.body(x)),
+    "upsampled": lambda net, x: nn.functional.interpolate(net.head(net.body(x)), scale_factor=2),
+    "out": lambda net, x: {"aux": net.extra(net.body(x)), "out": net.head(net.body(x))},
+    "mapped logits": lambda net, x: {"logits": net.head(net.body(x))},
+    "logits": lambda net, x: Output(net.head(net.body(x))),
+    "tuple": lambda net, x: (net.head(net.body(x)), net.extra(net.body(x)).mean((2, 3))),
+    "list": lambda net, x: [net.head(net.body(x)), net.extra(net.body(x))],
+    "in place": lambda net, x: net.head(net.body(x)).sigmoid_(),
+    "keyword": lambda net, x: net.head(input=net.body(x)),
+    "last to run is another": lambda net, x: (net.head(net.body(x)), net.extra(net.body(x)))[0],
+    "tokens in between": lambda net, x: net.head(net.body(x)) * net.gate(x.mean((2, 3)))[:, :, None, None],
+}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_the_tap_keeps_the_input_of_the_layer_that_makes_the_logits(outcome):
+    net = Net(OUTCOMES[outcome], extra=nn.Conv2d(6, 4, 1), gate=nn.Linear(3, 1))
+    tap = FeatureTap(net)
+    for _ in range(2):  # the first pass chooses, the next ones know
+        net(IMAGES)
+        torch.testing.assert_close(tap.features, body(net))
+        assert tap.features.requires_grad
+    assert repr(tap) == "FeatureTap(layer: 'head')"
+
+
+def test_a_linear_head_gives_channels_second():
+    net = Net(lambda net, x: net.linear(net.body(x).movedim(1, -1)).movedim(-1, 1), linear=nn.Linear(6, 1))
+    tap = FeatureTap(net)
+    for _ in range(2):
+        net(IMAGES)
+        torch.testing.assert_close(tap.features, body(net))
+
+
+def test_a_layer_of_one_input_channel_is_passed():
+    net = Net(lambda net, x: net.last(net.head(net.body(x))), last=nn.Conv2d(1, 1, 1))
+    with FeatureTap(net) as tap:
+        net(IMAGES)
+        assert tap.features.shape == (2, 6, 16, 16)
+
+
+def test_several_layers_are_named():
+    net = Net(lambda net, x: net.head(net.body(x)) + net.side(x), side=nn.Conv2d(3, 1, 1))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match=r"layers 'head', 'side' all make the logits; .*layer=NAME"):
+        net(IMAGES)
+
+
+def test_no_layer_is_said_with_those_that_ran():
+    net = Net(lambda net, x: net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match=r"no convolution or linear layer .* makes the logits; .*one of 'gate'"):
+        net(IMAGES)
+
+
+def test_an_unknown_output_is_said():
+    net = Net(lambda net, x: {"masks": net.head(net.body(x))})
+    FeatureTap(net)
+    with pytest.raises(ValueError, match="model must return its logits as a tensor, .* got dict"):
+        net(IMAGES)
+
+
+@pytest.mark.parametrize("layer", ["head", "body.0", "last"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_given_layer_is_tapped(layer, by_name):
+    net = Net(last=nn.Identity(), outcome=lambda net, x: net.last(net.head(net.body(x))))
+    tap = FeatureTap(net, layer if by_name else net.get_submodule(layer))
+    logits = net(IMAGES)
+    wanted = {"head": body(net), "body.0": IMAGES, "last": logits}[layer]
+    torch.testing.assert_close(tap.features, wanted)
+
+
+def test_a_given_layer_without_a_feature_map_is_said():
+    net = Net(lambda net, x: net.head(net.body(x)) * net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
+    FeatureTap(net, "gate")
+    with pytest.raises(ValueError, match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\)"):
+        net(IMAGES)
+
+
+@pytest.mark.parametrize("layer", [None, "head"])
+def test_a_layer_that_runs_twice_is_said(layer):
+    net = Net(lambda net, x: net.head(net.body(net.head(net.body(x)).expand(-1, 3, -1, -1))))
+    tap = FeatureTap(net, layer)
+    net(IMAGES)
+    with pytest.raises(RuntimeError, match="layer 'head' ran 2 times in one forward pass"):
+        _ = tap.features
+
+
+def test_a_tap_that_never_fired_says_so():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    with pytest.raises(RuntimeError, match=r"has not run since it was tapped, or not with gradients, or only compiled"):
+        criterion(torch.zeros_like(TARGET), TARGET)
+    with torch.no_grad():
+        net(IMAGES)
+    with pytest.raises(RuntimeError, match="run one eager forward pass with gradients first"):
+        criterion(torch.zeros_like(TARGET), TARGET)
+
+
+def test_criterion_with_a_tap_equals_features_given():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    got = criterion(net(IMAGES), TARGET)
+    features = body(net)
+    wanted = CombinedExudateLoss()(net.head(features), TARGET, features)
+    assert torch.equal(got, wanted)
+    for a, b in zip(*(torch.autograd.grad(loss, net.parameters()) for loss in (got, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_given_features_win_over_the_tap():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    logits, other = net(IMAGES), torch.rand(2, 5, 16, 16)
+    assert torch.equal(criterion(logits, TARGET, other), CombinedExudateLoss()(logits, TARGET, other))
+
+
+def test_a_second_take_is_refused_until_the_next_forward():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    logits = net(IMAGES)
+    criterion(logits, TARGET)
+    with pytest.raises(RuntimeError, match="taken by a criterion already; run the model again"):
+        criterion(logits, TARGET)
+    criterion(net(IMAGES), TARGET)
+
+
+def test_validation_without_gradients_works_once_the_layer_is_known():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    wanted = criterion(net(IMAGES), TARGET)
+    with torch.no_grad():
+        assert torch.equal(criterion(net.eval()(IMAGES), TARGET), wanted)
+
+
+def test_the_tap_lets_the_graph_go():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    for alpha in (0.02, 0):
+        criterion.alpha = criterion.beta = alpha
+        logits = net(IMAGES)
+        features = weakref.ref(criterion.tap.features)
+        criterion(logits, TARGET).backward()
+        del logits
+        assert features() is None
+
+
+def test_closing_leaves_the_model_as_it_was():
+    net = Net()
+
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
+
+    before = hooks()
+    for run in (False, True):
+        with FeatureTap(net) as tap:
+            assert hooks() != before
+            if run:
+                net(IMAGES)
+        assert hooks() == before
+        with pytest.raises(RuntimeError, match="this FeatureTap is closed"):
+            _ = tap.features
+        assert "closed" in repr(tap)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers(use_reentrant):
+    net = Net(lambda net, x: net.head(checkpoint(net.body, x, use_reentrant=use_reentrant)))
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    if use_reentrant:
+        logits = net(IMAGES)  # no input requires a gradient: the checkpoint cuts the graph
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            criterion(logits, TARGET)
+        return
+    for _ in range(2):
+        criterion(net(IMAGES), TARGET).backward()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_recomputation_does_not_refill_the_tap(whole):
+    net = Net(
+        OUTCOMES["tensor"] if whole else lambda net, x: checkpoint(OUTCOMES["tensor"], net, x, use_reentrant=False)
+    )
+    tap = FeatureTap(net, "head")
+    criterion = CombinedExudateLoss(features=tap)
+    logits = checkpoint(net, IMAGES, use_reentrant=False) if whole else net(IMAGES)
+    criterion(logits, TARGET).backward()
+    assert net.body[0].weight.grad.any()
+    with pytest.raises(RuntimeError, match="taken by a criterion already"):
+        _ = tap.features
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_a_tapped_model_are_untapped(way, chosen):
+    # Modules without a local function, so that they can be pickled.
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
+    tap = FeatureTap(net)
+    criterion = CombinedExudateLoss(features=tap)
+    if chosen:
+        net(IMAGES)
+    if way == "deepcopy":
+        other, other_criterion, other_tap = copy.deepcopy((net, criterion, tap))
+    elif way == "pickle":
+        text = pickle.dumps(net)
+        assert b"contrastive_exudate_loss" not in text
+        other, other_criterion, other_tap = pickle.loads(text), *pickle.loads(pickle.dumps((criterion, tap)))
+    else:
+        file = io.BytesIO()
+        torch.save((net, criterion, tap), file)
+        file.seek(0)
+        other, other_criterion, other_tap = torch.load(file, weights_only=False)
+    logits = net(IMAGES)
+    features = tap.features
+    torch.testing.assert_close(other(IMAGES), logits)
+    assert tap.features is features
+    with pytest.raises(RuntimeError, match="closed, or a copy"):
+        _ = other_tap.features
+    with pytest.raises(ValueError, match="copies of a criterion are untapped"):
+        other_criterion(logits, TARGET)
+    criterion(logits, TARGET)
+
+
+def test_a_compiled_model_feeds_a_tap_whose_layer_is_given():
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
+    criterion = CombinedExudateLoss(features=FeatureTap(net, "2"))
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    for _ in range(2):
+        loss = criterion(compiled(IMAGES), TARGET)
+        features = net[:2](IMAGES)
+        torch.testing.assert_close(loss, CombinedExudateLoss()(net[2](features), TARGET, features))
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_training_an_smp_unet_lowers_the_loss(classes):
+    torch.manual_seed(0)
+    net = smp.Unet("resnet18", encoder_weights=None, classes=classes)
+    images = torch.rand(2, 3, 64, 64)
+    target = (images[:, :1] > 0.6).float().repeat(1, classes, 1, 1)
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    losses = []
+    for _ in range(8):
+        loss = criterion(net(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert "segmentation_head.0" in repr(criterion.tap)
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())

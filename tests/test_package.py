@@ -1,0 +1,101 @@
+"""Laws of the package as a whole: its names, its imports and the examples in its documents."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import contrastive_exudate_loss as package
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "contrastive_exudate_loss").glob("*.py"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+# Whom each module may import; what is not named here stands in the middle.
+ALLOWED = {"_checks": set(), "__init__": {"losses", "features"}, "losses": {"_checks", "<middle>"}}
+MIDDLE = {"patches", "morphology", "pooling", "contrast", "features"}
+
+
+def imports(source):
+    """(top-level package, module of this package or None) of each import in a file."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from _split(node.module, [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _split(alias.name, [])
+
+
+def _split(module, names):
+    top, _, inner = module.partition(".")
+    for name in [inner] if inner or top != package.__name__ else names:
+        yield top, name
+
+
+def test_public_names():
+    assert sorted(package.__all__) == [
+        "CombinedExudateLoss",
+        "FeatureTap",
+        "LossTerms",
+        "PatchDensityContrastLoss",
+        "PatchEdgeContrastLoss",
+        "__version__",
+    ]
+    for name in package.__all__:
+        assert hasattr(package, name)
+        assert name == "__version__" or getattr(package, name).__doc__
+
+
+def test_version_is_that_of_the_distribution_and_of_the_changelog():
+    assert importlib.metadata.version("contrastive-exudate-loss") == package.__version__
+    assert f"## {package.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_imports_go_one_way(source):
+    ours = {name for top, name in imports(source) if top == package.__name__}
+    allowed = ALLOWED.get(source.stem, {"_checks"})
+    if "<middle>" in allowed:
+        allowed = (allowed | MIDDLE) - {"<middle>"}
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_torch_is_the_only_dependency(source):
+    others = {top for top, _ in imports(source)} - set(sys.stdlib_module_names)
+    assert others <= {"torch", package.__name__}
+
+
+def test_the_distribution_requires_torch_alone():
+    required = [line for line in importlib.metadata.requires("contrastive-exudate-loss") if "extra ==" not in line]
+    assert [re.match(r"\w+", line).group() for line in required] == ["torch"]
+
+
+def test_importing_needs_neither_numpy_nor_anything_of_the_tests():
+    code = "import sys; sys.modules['numpy'] = None; import contrastive_exudate_loss; print('imported')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def snippets():
+    for document in DOCUMENTS:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL), 1):
+            yield pytest.param(code, id=f"{document.stem}-{number}")
+
+
+@pytest.mark.parametrize("code", list(snippets()))
+def test_examples_in_documents_run(code, capsys):
+    exec(compile(code, "example", "exec"), {})
+    shown = re.findall(r"^# prints (.*)$", code, re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == shown
+
+
+def test_readme_shows_both_ways_in_under_15_lines():
+    readme = (ROOT / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert any("FeatureTap(" in code for code in examples)
+    assert any("logits, target, features)" in code for code in examples)
+    assert all(code.count("\n") < 15 for code in examples)

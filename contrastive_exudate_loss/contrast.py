@@ -73,14 +73,14 @@ def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit:
         index: (N,), int64, with N = 2 min(M, limit) whatever the labels.
         present: (N,), bool; False fills up the places of a label with fewer embeddings.
     """
+    # A device without float64 has its fractions, and so its priorities, on the CPU.
+    order = priority.argsort(stable=True).to(labels.device)
     indices, flags = [], []
     for label in (labels, ~labels):
-        member = present & label
-        # A device without float64 has its fractions, and so its priorities, on the CPU.
-        ranked = torch.where(member.to(priority.device), priority.double(), math.inf)
-        index = ranked.argsort(stable=True)[:limit].to(labels.device)
-        indices.append(index)
-        flags.append(member[index])
+        member = (present & label)[order]
+        first = (~member).byte().argsort(stable=True)[:limit]
+        indices.append(order[first])
+        flags.append(member[first])
     return torch.cat(indices), torch.cat(flags)
 
 

@@ -118,22 +118,19 @@ class _PatchContrastLoss(_MaskLoss):
         vectors: Tensor,
         labels: Tensor,
         present: Tensor,
+        limit: int | None,
         priority: Tensor | None = None,
-        limit: int | None = None,
     ) -> Tensor:
         """Mean over the K classes of the contrast of their embeddings, (K, M, C), labels and presence, (K, M).
 
-        With a limit only so many of each label, by lowest priority; max_patches draws the priority.
+        Of each label at most limit take part, those of lowest priority, (K, M); without one, drawn at random.
         """
         losses = []
         for k in range(len(vectors)):
             vector, label, here = vectors[k], labels[k], present[k]
-            if self.max_patches is not None:
-                drawn = torch.randperm(len(vector), device=vector.device)
-                index, here = best_of_each_label(drawn, label, here, self.max_patches)
-                vector, label = vector[index], label[index]
-            elif priority is not None and limit is not None:
-                index, here = best_of_each_label(priority[k], label, here, limit)
+            if limit is not None:
+                rank = torch.randperm(len(vector), device=vector.device) if priority is None else priority[k]
+                index, here = best_of_each_label(rank, label, here, limit)
                 vector, label = vector[index], label[index]
             losses.append(contrast_loss(vector, label, here, temperature=self.temperature, contrast=self.contrast))
         return torch.stack(losses).mean()
@@ -205,17 +202,15 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         return valid, self._fraction(lesion, valid)
 
     def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
-        (share,) = fraction
+        # (B, K, gh, gw) to (K, M)
+        vectors, present = (t.movedim(1, 0).flatten(1, 3) for t in (embeddings(sums, counts), counts > 0))
+        (share,) = (t.movedim(1, 0).flatten(1) for t in fraction)
         dense = share > self.threshold
+        labels = dense.to(counts.device)
+        if isinstance(self.select, str):
+            return self._class_mean(vectors, labels, present, self.max_patches)
         densest_and_sparsest_first = torch.where(dense, -share, share)
-        limit = None if isinstance(self.select, str) else self.select
-        return self._class_mean(
-            vectors=embeddings(sums, counts).movedim(1, 0).flatten(1, 3),
-            labels=dense.to(counts.device).movedim(1, 0).flatten(1),
-            present=(counts > 0).movedim(1, 0).flatten(1),
-            priority=densest_and_sparsest_first.movedim(1, 0).flatten(1),
-            limit=limit,
-        )
+        return self._class_mean(vectors, labels, present, self.select, densest_and_sparsest_first)
 
 
 class PatchEdgeContrastLoss(_PatchContrastLoss):
@@ -337,7 +332,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         present = (counts > 0).unflatten(1, pairs).movedim((2, 1), (0, 1))
         labels = torch.zeros_like(present)
         labels[:, 0] = True
-        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1))
+        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1), self.max_patches)
 
 
 class LossTerms(NamedTuple):
@@ -542,6 +537,5 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """Autocast switched off; the meta device has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -156,7 +156,7 @@ def edge_loss(features, target, *, scope="patch", temperature=0.05, contrast_kin
         for image in range(len(target)):
             found = bands(target[image, k], **options)
             if scope == "image":
-                found = [tuple(sum((pair[side] for pair in found), []) for side in (0, 1))]
+                found = [tuple([pixel for pair in found for pixel in pair[side]] for side in (0, 1))]
             for pair in found:
                 for pixels, label in zip(pair, (True, False), strict=True):
                     if pixels:

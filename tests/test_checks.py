@@ -137,7 +137,7 @@ def test_bad_tensors_are_refused(module, name, value, error, text):
 
 
 def test_missing_features_are_named():
-    with pytest.raises(ValueError, match="features must be given, .*FeatureTap"):
+    with pytest.raises(ValueError, match=r"features must be given, .*FeatureTap"):
         Combined()(LOGITS, MASK)
 
 
@@ -203,7 +203,12 @@ def test_holds_what_survives_a_round_trip(dtype):
         (torch.nn.DataParallel(torch.nn.Conv2d(2, 1, 1)), None, ValueError, "model must not be nn.DataParallel"),
         (torch.nn.Conv2d(2, 1, 1), "head", ValueError, "layer must be the dotted name of a module"),
         (torch.nn.Conv2d(2, 1, 1), 3, TypeError, "layer must be a module of the model or its dotted name, got int"),
-        (torch.nn.Conv2d(2, 1, 1), torch.nn.ReLU(), ValueError, "layer must be a module of the model, got another ReLU"),
+        (
+            torch.nn.Conv2d(2, 1, 1),
+            torch.nn.ReLU(),
+            ValueError,
+            "layer must be a module of the model, got another ReLU",
+        ),
     ],
     ids=["no module", "DataParallel", "unknown name", "no layer", "stranger"],
 )

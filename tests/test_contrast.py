@@ -58,9 +58,7 @@ def loops(e, labels, present, temperature, contrast):
 @example((torch.ones(6, 2, dtype=torch.float64), torch.arange(6) < 3, torch.ones(6) > 0), 0.001)
 def test_contrast_equals_float64_loops(contrast, batch, temperature):
     e, labels, present = batch
-    got = value_and_gradient(
-        lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e
-    )
+    got = value_and_gradient(lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e)
     wanted = value_and_gradient(lambda e: loops(e, labels, present, temperature, contrast), e)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, float(b.abs().max())))
@@ -91,9 +89,7 @@ def test_contrast_equals_pytorch_metric_learning(contrast, seed):
     library = LIBRARY[contrast](temperature=temperature)
     wanted = value_and_gradient(lambda e: library(e, labels.long()), e)
     present = torch.ones_like(labels)
-    got = value_and_gradient(
-        lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e
-    )
+    got = value_and_gradient(lambda e: contrast_loss(e, labels, present, temperature=temperature, contrast=contrast), e)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -116,9 +112,7 @@ def test_float32_is_close_to_float64(contrast, batch):
 @given(batches(), st.floats(1e-30, 1e30))
 def test_scaling_embeddings_leaves_the_contrast_alone(contrast, batch, scale):
     e, labels, present = batch
-    losses = [
-        contrast_loss(e * factor, labels, present, temperature=0.05, contrast=contrast) for factor in (1, scale)
-    ]
+    losses = [contrast_loss(e * factor, labels, present, temperature=0.05, contrast=contrast) for factor in (1, scale)]
     torch.testing.assert_close(*losses)
 
 

@@ -102,7 +102,7 @@ def test_no_layer_is_said_with_those_that_ran():
 def test_an_unknown_output_is_said():
     net = Net(lambda net, x: {"masks": net.head(net.body(x))})
     FeatureTap(net)
-    with pytest.raises(ValueError, match="model must return its logits as a tensor, .* got dict"):
+    with pytest.raises(ValueError, match=r"model must return its logits as a tensor, .* got dict"):
         net(IMAGES)
 
 
@@ -119,7 +119,9 @@ def test_a_given_layer_is_tapped(layer, by_name):
 def test_a_given_layer_without_a_feature_map_is_said():
     net = Net(lambda net, x: net.head(net.body(x)) * net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
     FeatureTap(net, "gate")
-    with pytest.raises(ValueError, match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\)"
+    ):
         net(IMAGES)
 
 

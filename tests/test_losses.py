@@ -158,7 +158,7 @@ def test_classes_are_averaged_and_an_empty_class_counts(term):
 
 @term
 def test_ignored_pixels_count_for_nothing(term):
-    logits, target, features = batch()
+    _, target, features = batch()
     target[:, :, 10:14] = -1
     target[:, :, :, -7:] = -1
     ignored = (target == -1).expand_as(features)
@@ -219,7 +219,9 @@ def test_max_patches_draws_a_subset_by_the_default_generator(term):
     torch.manual_seed(0)
     assert torch.equal(first, limited(features, target))
     state = torch.get_rng_state()
-    assert torch.equal(TERMS[term](4, max_patches=10**6)(features, target).round(decimals=4), full(features, target).round(decimals=4))
+    assert torch.equal(
+        TERMS[term](4, max_patches=10**6)(features, target).round(decimals=4), full(features, target).round(decimals=4)
+    )
     torch.set_rng_state(state)
     full(features, target)
     assert torch.equal(state, torch.get_rng_state())
@@ -259,7 +261,11 @@ def degenerate_batches():
         "features of 1e4": (logits, target, features * 1e4),
         "features of 1e30": (logits, target, features * 1e30),
         "features of 1e-30": (logits, target, features * 1e-30),
-        "infinite ignored logits": (torch.where(target == 0, -math.inf, logits), target + 255 * (target == 0), features),
+        "infinite ignored logits": (
+            torch.where(target == 0, -math.inf, logits),
+            target + 255 * (target == 0),
+            features,
+        ),
         "huge logits": (logits * 1e4, target, features),
     }
 

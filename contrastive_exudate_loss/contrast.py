@@ -188,12 +188,11 @@ def _by_mask(
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
     """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    # log(exp(s) / (exp(s) + exp(lse))) = logsigmoid(s - lse), whose derivative 1 - sigmoid is -expm1 of it.
-    log_share = F.logsigmoid(pos.sub_(lse))
-    loss = -log_share.sum(1)
-    torch.expm1(log_share, out=log_share)
-    pos.copy_(log_share)
-    neg.sub_(lse).exp_().mul_(-log_share.sum(1, keepdim=True))
+    # -log(exp(s) / (exp(s) + exp(lse))) = -logsigmoid(s - lse), whose derivative is -sigmoid(lse - s).
+    loss = -F.logsigmoid(pos.sub_(lse)).sum(1)
+    pos.neg_().sigmoid_()
+    neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
+    pos.neg_()
     return loss
 
 

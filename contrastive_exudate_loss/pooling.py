@@ -1,16 +1,21 @@
 """Masked average pooling: the mean feature vector of many masks in every patch, in one pass over the features."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
+SPARSE = 1 / 16
 
 
 def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Sum of the feature vectors under each mask in each patch, and the number of pixels summed.
 
     Pixel (i, j) of the (H, W) masks has the feature vector at (floor(i h / H), floor(j w / W)).
-    The upsampled features are never formed: the masks are pooled down to counts per feature cell instead, and one
-    matrix product per patch sums the cells, weighted by their counts.
+    The upsampled features are never formed: the masks are pooled down to counts per feature cell instead, and the
+    cells are summed, weighted by their counts.
     It is linear in the features, so its backward needs only the counts.
 
     Args:
@@ -24,15 +29,14 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     """
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     features, weights = features.to(dtype), masks.to(dtype)
-    blocks = []
-    for axis, side in zip((2, 3), sides, strict=True):
-        patches = -(-masks.shape[axis] // side)
+    grid = -(-masks.shape[2] // sides[0]), -(-masks.shape[3] // sides[1])
+    for axis, side, patches in zip((2, 3), sides, grid, strict=True):
         features, weights = _aligned(features, weights, axis, side, patches)
-        blocks += [patches, features.shape[axis] // patches]
-    features, weights = features.unflatten(3, blocks[2:]), weights.unflatten(3, blocks[2:])
-    features, weights = features.unflatten(2, blocks[:2]), weights.unflatten(2, blocks[:2])
-    sums = torch.einsum("bcyixj,btyixj->btyxc", features, weights)
-    return sums, weights.sum((3, 5))
+    slots = weights.shape[2] // grid[0], weights.shape[3] // grid[1]
+    # Choosing by the number of pixels means looking at them: on the CPU that costs nothing.
+    look = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    sums = (_sums_by_density if look else _sums_by_product)(features, weights, slots)
+    return sums, _blocks(weights, slots).sum((3, 5))
 
 
 def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
@@ -48,6 +52,83 @@ def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
+def _sums_by_product(features: Tensor, weights: Tensor, slots: tuple[int, int]) -> Tensor:
+    """One matrix product per patch: shapes depend on shapes alone."""
+    features = _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
+    sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", _blocks(features, slots), _blocks(weights, slots))
+    return sums
+
+
+def _sums_by_density(features: Tensor, weights: Tensor, slots: tuple[int, int]) -> Tensor:
+    """Each mask in the cheapest way: a constant one by adding up, a sparse one pixel by pixel, others by product."""
+    few: list[int] = []
+    level: list[int] = []
+    rest: list[int] = []
+    for t, weight in enumerate(weights[..., : features.shape[2], : features.shape[3]].unbind(1)):
+        if int(weight.count_nonzero()) <= SPARSE * weight.numel():
+            few.append(t)
+        else:
+            (level if bool((weight == weight[0, 0, 0]).all()) else rest).append(t)
+    sums: Tensor = _SumsByDensity.apply(features, weights, slots, few, level, rest)
+    return sums
+
+
+class _SumsByDensity(torch.autograd.Function):
+    """Reads the features once, and writes their gradient once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weights: Tensor,
+        slots: tuple[int, int],
+        few: list[int],
+        level: list[int],
+        rest: list[int],
+    ) -> Tensor:
+        ctx.slots, ctx.few, ctx.level, ctx.rest = slots, few, level, rest
+        ctx.size = features.shape
+        grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
+        sums = features.new_zeros(weights.shape[0], weights.shape[1], *grid, features.shape[1])
+        height = weights[0, level, 0, 0, None, None, None]
+        if level:
+            inner = _padded(features, 3, weights.shape[3]).unflatten(3, (grid[1], slots[1])).sum(4)
+            total = _padded(inner, 2, weights.shape[2]).unflatten(2, (grid[0], slots[0])).sum(3)
+            sums[:, level] = height * total.movedim(1, -1).unsqueeze(1)
+        if rest:
+            sums[:, rest] = _sums_by_product(features, weights[:, rest], slots)
+        b, n, i, j = weights[:, few].nonzero(as_tuple=True)
+        t = torch.tensor(few, dtype=torch.int64)[n]
+        weight = weights[b, t, i, j].unsqueeze(1)
+        sums.index_put_((b, t, i // slots[0], j // slots[1]), features[b, :, i, j] * weight, accumulate=True)
+        ctx.save_for_backward(weights[:, rest], height, b, t, i, j, weight)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        spread: Tensor
+        weights, height, b, t, i, j, weight = ctx.saved_tensors
+        slots = ctx.slots
+        rows, columns = ctx.size[2:]
+        if ctx.level:
+            patches = (height * gradient[:, ctx.level]).sum(1).movedim(-1, 1).contiguous()
+            spread = F.interpolate(patches, scale_factor=slots)[..., :rows, :columns].contiguous()
+        else:
+            spread = gradient.new_zeros(ctx.size)
+        if ctx.rest:
+            blocks = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, ctx.rest], _blocks(weights, slots))
+            spread += blocks.flatten(4, 5).flatten(2, 3)[..., :rows, :columns]
+        pixels = gradient[b, t, i // slots[0], j // slots[1]] * weight
+        spread.movedim(1, -1).index_put_((b, i, j), pixels, accumulate=True)
+        return spread, None, None, None, None, None
+
+
+def _blocks(tensor: Tensor, slots: tuple[int, int]) -> Tensor:
+    """(B, N, rows, columns) as (B, N, gh, rows per patch, gw, columns per patch)."""
+    blocks: Tensor = tensor.unflatten(3, (-1, slots[1])).unflatten(2, (-1, slots[0]))
+    return blocks
+
+
 def _aligned(features: Tensor, weights: Tensor, axis: int, side: int, patches: int) -> tuple[Tensor, Tensor]:
     """Features and weights resampled along an axis to the same number of slots per patch, each slot in one cell."""
     pixels, cells = weights.shape[axis], features.shape[axis]
@@ -57,10 +138,10 @@ def _aligned(features: Tensor, weights: Tensor, axis: int, side: int, patches: i
         weights = _padded(weights, axis, slots * stride)
         if stride > 1:
             weights = weights.unflatten(axis, (slots, stride)).sum(axis + 1)
-        return _padded(features, axis, slots), weights
+        return features, weights
     if cells > pixels:  # only the cells that a pixel reads count: one slot a pixel
         read = torch.arange(pixels, device=features.device) * cells // pixels
-        return _padded(features.index_select(axis, read), axis, patches * side), _padded(weights, axis, patches * side)
+        return features.index_select(axis, read), _padded(weights, axis, patches * side)
     # A cell may straddle patches: give each patch a slot for every cell it touches, the first at the same place.
     slots = 1 + max(
         (min(start + side, pixels) - 1) * cells // pixels - start * cells // pixels for start in range(0, pixels, side)

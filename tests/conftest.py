@@ -9,7 +9,8 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
-torch.set_num_threads(2)
+# The tensors are small: more threads would only wait for one another.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

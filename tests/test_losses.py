@@ -496,7 +496,7 @@ def test_one_graph_compiles_for_any_number_of_lesions_and_any_weight(name):
     torch.compiler.reset()
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     for step in range(3):
-        logits, target, features = batch(seed=step)
+        logits, target, features = batch(seed=step, dtype=torch.float64)
         target[1, :, : 8 * step, 4:12] = 1
         if name == "combined":
             module.alpha = 0.1 + step

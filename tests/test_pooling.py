@@ -7,12 +7,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import features_for, masks
 
+from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
+
+
+@pytest.fixture(params=["as chosen", "pixel by pixel", "never pixel by pixel", "by product"])
+def way(request, monkeypatch):
+    """Every way of summing that the masks may choose on the CPU, and the one of other devices."""
+    if request.param == "by product":
+        monkeypatch.setattr(pooling, "_sums_by_density", pooling._sums_by_product)
+    elif request.param != "as chosen":
+        monkeypatch.setattr(pooling, "SPARSE", 1 if request.param == "pixel by pixel" else -1)
 
 
 @st.composite
 def cases(draw, side=(1, 20)):
     mask = draw(masks(side=side))
+    if draw(st.booleans()):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     sides = tuple(min(draw(st.integers(1, 9)), size) for size in mask.shape[-2:])
     return draw(features_for(len(mask))), mask.bool(), sides
 
@@ -30,6 +42,7 @@ def blank(batch, channels, cells, masks, pixels):
     return features, torch.ones(batch, masks, pixels, pixels, dtype=torch.bool)
 
 
+@pytest.mark.usefixtures("way")
 @given(cases())
 @example((*blank(1, 2, 4, 1, 16), (5, 5)))  # stride 4, cells astride patches
 @example((*blank(1, 2, 2, 1, 16), (4, 4)))  # stride 8, several patches in a cell

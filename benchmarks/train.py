@@ -1,0 +1,157 @@
+"""What the contrastive terms change: one small U-Net trained with plain BCE and with CombinedExudateLoss.
+
+Both begin with the same weights and see the same crops in the same order.
+Without --data the photographs are drawn (synthetic.py); with it they are IDRiD's (idrid.py).
+Prints a table, and writes one PNG and, if asked, the figures as JSON.
+
+    python benchmarks/train.py
+    python benchmarks/train.py --data "A. Segmentation" --lesion EX --json figures.json
+
+F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
+Seconds per step (median and quartiles) are of forward, loss, backward and optimiser, not of cutting the crops out.
+The loss's share of a step is measured on further steps after the training and the evaluation: see cost.loss_share.
+Peak memory is that of the training steps: see cost.PeakMemory.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import segmentation_models_pytorch as smp
+import torch
+from cost import PeakMemory, loss_share, quartiles, timed
+from idrid import DataError, Files, read_samples, split_files
+from options import STRIDE, parsed
+from picture import write_picture
+from report import Arm, Data, figures, table
+from samples import Sample, random_batch
+from scores import average_precision_thresholds, predictions, scores
+from synthetic import fundus_samples
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
+
+TRAINING_IMAGES, HELD_OUT_IMAGES = 48, 20
+ARMS = ("BCE", "BCE + contrast")
+PRIOR_LOGIT = -4.0
+LEARNING_RATE = 1e-3
+SHARE_STEPS = 13
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison that the command line asks for; the process's exit code."""
+    options = parsed(arguments, __doc__ or "")
+    try:
+        data = _synthetic_data(options) if options.data is None else _idrid_data(options)
+    except DataError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    model = _network(options.seed).to(options.device)
+    arms, predicted = {}, {}
+    for name in ARMS:
+        arms[name], predicted[name] = _trained(name, copy.deepcopy(model), options, data)
+    print(table(arms, data))
+    f1 = {name: arm.scores.f1 for name, arm in arms.items()}
+    write_picture(options.output, data.held_out, predicted, f1, _contrastive(options))
+    print(f"picture: {options.output}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures(options, data, arms), indent=2) + "\n")
+        print(f"figures: {options.json}")
+    return 0
+
+
+def _trained(name: str, model: nn.Module, options: argparse.Namespace, data: Data) -> tuple[Arm, list[Tensor]]:
+    """What one training gave, and its held-out lesion probabilities."""
+    tap = None if name == ARMS[0] else FeatureTap(model)
+    criterion = nn.BCEWithLogitsLoss() if tap is None else _contrastive(options, tap)
+    step = _training_step(model, criterion, options.steps)
+    batches = _batches(data.train, options)
+    memory, seconds, losses = PeakMemory(options.device), [], []
+    with tqdm(range(options.steps), desc=f"training, {name}", unit="step") as progress:
+        for _ in progress:
+            loss, elapsed = timed(options.device, step, *next(batches))
+            seconds.append(elapsed)
+            losses.append(float(loss))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    peak = memory.read()
+    predicted = predictions(model, data.held_out, STRIDE, options.device)
+    scored = scores(predicted, data.held_out, average_precision_thresholds(data.held_out))
+    share = loss_share(step, model.train(), criterion, tap, itertools.islice(batches, SHARE_STEPS))
+    return Arm(scored, quartiles(seconds), share, peak, memory.meaning, losses), predicted
+
+
+def _network(seed: int) -> nn.Module:
+    """A small U-Net with weights drawn from the seed, whose logits begin near the lesions' prior."""
+    torch.manual_seed(seed)
+    model: nn.Module = smp.Unet(
+        "resnet18", encoder_depth=3, encoder_weights=None, decoder_channels=(64, 32, 16), in_channels=3, classes=1
+    )
+    nn.init.constant_(model.get_parameter("segmentation_head.0.bias"), PRIOR_LOGIT)
+    return model
+
+
+def _contrastive(options: argparse.Namespace, tap: FeatureTap | None = None) -> CombinedExudateLoss:
+    return CombinedExudateLoss(
+        options.alpha,
+        options.beta,
+        density=PatchDensityContrastLoss(options.patch_size),
+        edge=PatchEdgeContrastLoss(options.patch_size),
+        features=tap,
+    )
+
+
+def _training_step(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], steps: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Trains on (images, target) once and gives the loss; the learning rate falls to 0 over the steps on a cosine."""
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * min(i / steps, 1))) / 2)
+
+    def step(images: Tensor, target: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = criterion(model(images), target)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        return loss.detach()
+
+    return step
+
+
+def _batches(samples: Sequence[Sample], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random crops on the device without end, in the order that the seed gives."""
+    generator = torch.Generator().manual_seed(options.seed)
+    while True:
+        images, target = random_batch(samples, options.batch, options.crop, generator)
+        yield images.to(options.device), target.to(options.device)
+
+
+def _synthetic_data(options: argparse.Namespace) -> Data:
+    train = fundus_samples(TRAINING_IMAGES, options.seed, stream=0)
+    held_out = fundus_samples(HELD_OUT_IMAGES, options.seed, stream=1)
+    print(f"synthetic photographs: {len(train)} for training, {len(held_out)} held out")
+    return Data(train, held_out)
+
+
+def _idrid_data(options: argparse.Namespace) -> Data:
+    train, held_out = (split_files(options.data, split, options.lesion) for split in ("train", "test"))
+    masks = [sum(files.mask is not None for files in split) for split in (train, held_out)]
+    print(
+        f"{options.lesion} masks: {masks[0]} of {len(train)} training photographs have one, "
+        f"{masks[1]} of {len(held_out)} held-out photographs; the others count as without lesion"
+    )
+    return Data(_read(train, options.size, "training"), _read(held_out, options.size, "held out"))
+
+
+def _read(files: list[Files], size: int, what: str) -> list[Sample]:
+    with tqdm(read_samples(files, size), desc=f"reading, {what}", total=len(files), unit="image") as progress:
+        return list(progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -97,17 +97,22 @@ class _SumsByDensity(torch.autograd.Function):
             sums[:, level] = height * total.movedim(1, -1).unsqueeze(1)
         if rest:
             sums[:, rest] = _sums_by_product(features, weights[:, rest], slots)
-        b, n, i, j = weights[:, few].nonzero(as_tuple=True)
-        t = torch.tensor(few, dtype=torch.int64)[n]
-        weight = weights[b, t, i, j].unsqueeze(1)
-        sums.index_put_((b, t, i // slots[0], j // slots[1]), features[b, :, i, j] * weight, accumulate=True)
-        ctx.save_for_backward(weights[:, rest], height, b, t, i, j, weight)
+        pixels = []
+        for t in few:
+            b, i, j = weights[:, t].nonzero(as_tuple=True)
+            weight = weights[b, t, i, j].unsqueeze(1)
+            # In float64 torch adds in order; in float32 its threads would race, and the last bits differ from run to run.
+            total = torch.zeros_like(sums[:, t], dtype=torch.float64)
+            vectors = (features[b, :, i, j] * weight).double()
+            sums[:, t] = total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
+            pixels += [b, i, j, weight]
+        ctx.save_for_backward(weights[:, rest], height, *pixels)
         return sums
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         spread: Tensor
-        weights, height, b, t, i, j, weight = ctx.saved_tensors
+        weights, height, *pixels = ctx.saved_tensors
         slots = ctx.slots
         rows, columns = ctx.size[2:]
         if ctx.level:
@@ -118,8 +123,9 @@ class _SumsByDensity(torch.autograd.Function):
         if ctx.rest:
             blocks = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, ctx.rest], _blocks(weights, slots))
             spread += blocks.flatten(4, 5).flatten(2, 3)[..., :rows, :columns]
-        pixels = gradient[b, t, i // slots[0], j // slots[1]] * weight
-        spread.movedim(1, -1).index_put_((b, i, j), pixels, accumulate=True)
+        for n, t in enumerate(ctx.few):
+            b, i, j, weight = pixels[4 * n : 4 * n + 4]
+            spread.movedim(1, -1)[b, i, j] += gradient[b, t, i // slots[0], j // slots[1]] * weight
         return spread, None, None, None, None, None
 
 

@@ -101,7 +101,7 @@ class _SumsByDensity(torch.autograd.Function):
         for t in few:
             b, i, j = weights[:, t].nonzero(as_tuple=True)
             weight = weights[b, t, i, j].unsqueeze(1)
-            # In float64 torch adds in order; in float32 its threads would race, and the last bits differ from run to run.
+            # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
             total = torch.zeros_like(sums[:, t], dtype=torch.float64)
             vectors = (features[b, :, i, j] * weight).double()
             sums[:, t] = total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
@@ -145,9 +145,6 @@ def _aligned(features: Tensor, weights: Tensor, axis: int, side: int, patches: i
         if stride > 1:
             weights = weights.unflatten(axis, (slots, stride)).sum(axis + 1)
         return features, weights
-    if cells > pixels:  # only the cells that a pixel reads count: one slot a pixel
-        read = torch.arange(pixels, device=features.device) * cells // pixels
-        return features.index_select(axis, read), _padded(weights, axis, patches * side)
     # A cell may straddle patches: give each patch a slot for every cell it touches, the first at the same place.
     slots = 1 + max(
         (min(start + side, pixels) - 1) * cells // pixels - start * cells // pixels for start in range(0, pixels, side)

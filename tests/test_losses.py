@@ -227,6 +227,29 @@ def test_max_patches_draws_a_subset_by_the_default_generator(term):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_patch_at_the_density_threshold_is_sparse():
+    target = torch.zeros(2, 1, 8, 8)
+    target[..., :4] = 1
+    features = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = [
+        PatchEdgeContrastLoss(8, inner_radius=radius, outer_radius=1, density_threshold=threshold)(features, target)
+        for radius, threshold in (((1, 3), 0.5), (1, None), ((1, 3), 0.49), (3, None))
+    ]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_select_takes_the_densest_and_the_sparsest_of_the_batch(k):
+    # Lesion pixels per patch of 4 x 4 in two images; of equals the earliest is taken.
+    pixels = torch.tensor([[9, 16, 12, 0, 3, 16], [10, 16, 1, 0, 8, 12]])
+    target = (torch.arange(16) < pixels[..., None]).reshape(2, 1, 6, 4, 4).transpose(2, 3).reshape(2, 1, 4, 24)
+    features = torch.randn(2, 3, 4, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = features.unflatten(3, (6, 4)).mean((2, 4)).movedim(1, 2).flatten(0, 1)
+    densest, sparsest = [1, 5, 7, 2, 11, 6][:k], [3, 9, 8, 4, 10][:k]
+    wanted = reference.contrast(list(means[densest + sparsest]), [True] * len(densest) + [False] * len(sparsest))
+    torch.testing.assert_close(PatchDensityContrastLoss(4, select=k)(features, target), wanted)
+
+
 def test_max_patches_is_uniform():
     # Two of four dense patches point right; of the six pairs that may be drawn, one in six is (right, right).
     features = torch.zeros(1, 2, 1, 6)

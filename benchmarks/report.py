@@ -99,7 +99,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "segmentation_models_pytorch": smp.__version__,
         "torchmetrics": torchmetrics.__version__,
         "contrastive_exudate_loss": contrastive_exudate_loss.__version__,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -99,3 +100,16 @@ def test_readme_shows_both_ways_in_under_15_lines():
     assert any("FeatureTap(" in code for code in examples)
     assert any("logits, target, features)" in code for code in examples)
     assert all(code.count("\n") < 15 for code in examples)
+
+
+def test_readme_shows_the_figures_of_the_recorded_run():
+    readme = (ROOT / "README.md").read_text()
+    arms = json.loads((ROOT / "benchmarks/results/train-cpu.json").read_text())["arms"].values()
+    rows = {
+        "F1": [f"{arm['f1']:.3f}" for arm in arms],
+        "IoU": [f"{arm['iou']:.3f}" for arm in arms],
+        "average precision": [f"{arm['average_precision']:.3f}" for arm in arms],
+        "the loss's share of a step": [f"{100 * arm['loss_share']:.1f} %" for arm in arms],
+    }
+    for name, values in rows.items():
+        assert " | ".join(("| " + name, *values)) in readme

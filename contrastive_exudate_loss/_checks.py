@@ -1,23 +1,24 @@
 """What to say when an option or a tensor is not what a loss needs."""
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
-    """Raise unless value is an int (bool is none) of at least minimum."""
+    """Raise unless value is an int, not a bool, and >= minimum."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int >= {minimum}, got {_shown(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be an int >= {minimum}, got {value}")
 
 
-def check_number(name: str, value: object, minimum: float, below: float = math.inf) -> None:
+def check_number(name: str, value: object, minimum: float, below: float = LARGEST) -> None:
     """Raise unless value is an int or float with minimum <= value < below."""
-    expected = f"a number >= {minimum} and " + ("finite" if below == math.inf else f"< {below}")
+    expected = f"a number >= {minimum} and " + ("finite in float32" if below == LARGEST else f"< {below}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be {expected}, got {_shown(value)}")
     if not minimum <= value < below:
@@ -54,14 +55,14 @@ def check_radius(name: str, value: object, *, pairs: bool) -> None:
         check_integer(name, radius, 1)
 
 
-def check_part(name: str, part: object, kind: type, ignore_index: int | None) -> None:
+def check_part(name: str, part: object, kind: type[nn.Module], ignore_index: int | None) -> None:
     """Raise unless part is a kind whose ignore_index does not contradict this one."""
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be None or a {kind.__name__}, got {type(part).__name__}")
-    own = getattr(part, "ignore_index", None)
-    if ignore_index is not None and own != ignore_index:
+    if ignore_index is not None and part.ignore_index != ignore_index:
         raise ValueError(
-            f"{name} must have ignore_index={ignore_index} like the criterion, got {own}; give both the same"
+            f"{name} must have ignore_index={ignore_index} like the criterion, got {part.ignore_index}; give both "
+            "the same"
         )
 
 
@@ -76,6 +77,8 @@ def check_ignore_index(value: object) -> None:
             f"ignore_index must be neither 0 (background) nor 1 (lesion), got {value}; mark ignored pixels with "
             "another value, such as -1"
         )
+    if not holds(torch.int64, value):
+        raise ValueError(f"ignore_index must fit int64, got {value}")
 
 
 def check_target(target: Tensor) -> None:
@@ -122,10 +125,10 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
         allowed |= target == ignore_index
     if bool(allowed.all()):
         return
-    wrong = target[~allowed].unique()[:5].tolist()
+    wrong = target[~allowed].double().unique()[:5].tolist()
     ignored = "" if ignore_index is None else f" and ignore_index = {ignore_index}"
     raise ValueError(
-        f"target must hold only 0 and 1{ignored}, got {', '.join(str(value) for value in wrong)}"
+        f"target must hold only 0 and 1{ignored}, got {', '.join(f'{value:g}' for value in wrong)}"
         f" (dtype {target.dtype}); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion), "
         "and give ignore_index if a value marks pixels to leave out"
     )

@@ -18,6 +18,7 @@ class FeatureTap:
     Without layer, the first eager forward pass with gradients chooses: the autograd graph is followed back from the
     main logits (the output itself, its "out" or "logits", or the first of a tuple) to the nearest convolution or
     linear layer that has a 4-D input of at least two channels.
+    The features are those of the model's last forward pass: call the criterion before the next one.
     Tap before torch.compile; then give layer, or run one eager training step first.
     Copies and pickles of a tapped model are untapped.
 
@@ -76,12 +77,13 @@ class FeatureTap:
         if self._features is None and self._taken:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the model again before the next loss, "
-                "or read criterion.terms(), which gives every term at once"
+                "or call criterion.terms(), which gives every term at once"
             )
         if self._features is None:
             raise RuntimeError(
-                "the tap has no features: its model has not run since it was tapped, or not with gradients, or only "
-                "compiled; run one eager forward pass with gradients first, or give FeatureTap(model, layer=...)"
+                "the tap has no features: its model has not run as model(images) since it was tapped, or not with "
+                "gradients, or only compiled; run one eager forward pass with gradients first, or give "
+                "FeatureTap(model, layer=...)"
             )
         if self._runs > 1:
             raise RuntimeError(
@@ -97,7 +99,8 @@ class FeatureTap:
         return features
 
     def drop(self) -> None:
-        """Let the features go, if there are any."""
+        """Let the features go, if there are any: a criterion had no use for them."""
+        self._taken = self._taken or self._features is not None
         self._features = None
 
     def close(self) -> None:
@@ -135,12 +138,16 @@ class FeatureTap:
             return
         self._running = False
         if self._seen:
-            self._choose(output)
+            try:
+                self._choose(output)
+            except ValueError:
+                self.close()  # or the next tap, with a layer given, would run into this one's error
+                raise
             self._seen.clear()
 
     def _watching(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.compiler.is_compiling() or _recomputing():
+            if not self._running or torch.compiler.is_compiling() or _recomputing():
                 return
             given = _first_tensor(args, kwargs)
             if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:

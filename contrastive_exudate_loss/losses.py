@@ -144,18 +144,22 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
 
     Args:
         patch_size: side of a patch in target pixels, >= 1; None means 16 unless num_patches is given.
-        num_patches: patches per axis, >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n).
+        num_patches: n >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n), so at most n patches per axis.
         threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1.
         temperature: divides the cosine similarities, >= 0.001.
         contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
-        select: "all", or an int k >= 2: only the k densest dense and the k sparsest sparse patches of the batch.
-        max_patches: at most that many (>= 2) random patches per label, drawn anew at each call; not with select.
+        select: "all", or an int k >= 2: of each class only the k densest dense and the k sparsest sparse patches of
+            the batch.
+        max_patches: of each class and label at most that many (>= 2) random patches, drawn anew at each call; not
+            with select.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. A patch without valid pixels
             takes no part. With 255, the lesions of a 0/255 mask would all be ignored.
 
     Shape:
         features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
         target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
+        torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
         Returns (), float32 (float64 for float64 features): 0, with zero gradients, where no patch is dense, none is
         sparse, or no label has two.
 
@@ -223,7 +227,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
 
     Args:
         patch_size: side of a patch in target pixels, >= 1; None means 16 unless num_patches is given.
-        num_patches: patches per axis, >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n).
+        num_patches: n >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n), so at most n patches per axis.
         inner_radius: in target pixels, >= 1; with density_threshold also a pair (in sparse, in dense patches).
         outer_radius: likewise.
         footprint: what within a radius means: "square" (Chebyshev distance) or "cross" (Manhattan distance).
@@ -234,13 +238,15 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
             that of its patch.
         temperature: divides the cosine similarities, >= 0.001.
         contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
-        max_patches: at most that many (>= 2) random embeddings per label, drawn anew at each call.
+        max_patches: of each class and label at most that many (>= 2) random embeddings, drawn anew at each call.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. With 255, the lesions of a
             0/255 mask would all be ignored.
 
     Shape:
         features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
         target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
+        torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
         Returns (), float32 (float64 for float64 features): 0, with zero gradients, where there is no contour or no
         band has two embeddings.
 
@@ -423,7 +429,7 @@ class CombinedExudateLoss(_MaskLoss):
     def alpha(self, value: float) -> None:
         _checks.check_number("alpha", value, 0)
         # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
-        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64), value > 0
+        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64, device="cpu"), value > 0
 
     @property
     def beta(self) -> float:
@@ -433,7 +439,7 @@ class CombinedExudateLoss(_MaskLoss):
     @beta.setter
     def beta(self, value: float) -> None:
         _checks.check_number("beta", value, 0)
-        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64), value > 0
+        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64, device="cpu"), value > 0
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The weighted total; arguments as under Shape."""
@@ -463,7 +469,10 @@ class CombinedExudateLoss(_MaskLoss):
 
     def extra_repr(self) -> str:
         """What repr shows beside the parts."""
-        return f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
+        shown = f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
+        if self.supervised is None or isinstance(self.supervised, nn.Module):
+            return shown
+        return f"{shown}, supervised={self.supervised!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tap": None}
@@ -493,8 +502,9 @@ class CombinedExudateLoss(_MaskLoss):
                 density(features, target) if self._uses_density else zero,
                 edge(features, target) if self._uses_edge else zero,
             )
-        density._checked(features, target)
-        features, target = edge._checked(features, target)
+        features, target = density._checked(features, target)
+        if edge.ignore_index != density.ignore_index:
+            edge._check_values(target)
         with _full_precision(target.device):
             whole, *fraction = density._masks(target)
             (bands,) = edge._masks(target)

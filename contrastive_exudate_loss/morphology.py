@@ -29,8 +29,7 @@ def dilation(mask: Tensor, radius: int, footprint: str) -> Tensor:
     Returns:
         (..., H, W), bool.
     """
-    if radius == 0:
-        return mask
+    radius = min(radius, sum(mask.shape[-2:]))  # farther there is nothing
     # A CPU max-pool over one channel is slower than OR-ing shifted copies, which in turn torch 2.14 compiles to C++
     # that the compiler refuses.
     shift = mask.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ def patch_sides(height: int, width: int, patch_size: int | None, num_patches: in
         height: of the target, in pixels.
         width: of the target, in pixels.
         patch_size: side in pixels, used when num_patches is None; None means 16.
-        num_patches: patches per axis; the sides are ceil(height / num_patches) and ceil(width / num_patches).
+        num_patches: at most so many patches per axis: sides ceil(height / num_patches), ceil(width / num_patches).
 
     Returns:
         (patch height, patch width), at least 1 and at most the target's. Patches tile the target from the top left.

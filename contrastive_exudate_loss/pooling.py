@@ -1,4 +1,4 @@
-"""Masked average pooling: the mean feature vector of many masks in every patch, in one pass over the features."""
+"""Masked average pooling: the mean feature vector of many masks in every patch, in one operation."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     for axis, side, patches in zip((2, 3), sides, grid, strict=True):
         features, weights = _aligned(features, weights, axis, side, patches)
     slots = weights.shape[2] // grid[0], weights.shape[3] // grid[1]
-    # Choosing by the number of pixels means looking at them: on the CPU that costs nothing.
+    # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
     look = features.device.type == "cpu" and not torch.compiler.is_compiling()
     sums = (_sums_by_density if look else _sums_by_product)(features, weights, slots)
     return sums, _blocks(weights, slots).sum((3, 5))
@@ -74,7 +74,7 @@ def _sums_by_density(features: Tensor, weights: Tensor, slots: tuple[int, int]) 
 
 
 class _SumsByDensity(torch.autograd.Function):
-    """Reads the features once, and writes their gradient once."""
+    """Reads the features once for each kind of mask, and writes their gradient once."""
 
     @staticmethod
     def forward(
@@ -95,8 +95,9 @@ class _SumsByDensity(torch.autograd.Function):
             inner = _padded(features, 3, weights.shape[3]).unflatten(3, (grid[1], slots[1])).sum(4)
             total = _padded(inner, 2, weights.shape[2]).unflatten(2, (grid[0], slots[0])).sum(3)
             sums[:, level] = height * total.movedim(1, -1).unsqueeze(1)
-        if rest:
-            sums[:, rest] = _sums_by_product(features, weights[:, rest], slots)
+        # A patch row at a time: the product copies what it sums, and all the features would be too much.
+        for y, rows in enumerate(_patch_rows(weights, slots) if rest else ()):
+            sums[:, rest, y] = _sums_by_product(features[:, :, rows], weights[:, rest, rows], slots)[:, :, 0]
         pixels = []
         for t in few:
             b, i, j = weights[:, t].nonzero(as_tuple=True)
@@ -117,16 +118,24 @@ class _SumsByDensity(torch.autograd.Function):
         rows, columns = ctx.size[2:]
         if ctx.level:
             patches = (height * gradient[:, ctx.level]).sum(1).movedim(-1, 1).contiguous()
-            spread = F.interpolate(patches, scale_factor=slots)[..., :rows, :columns].contiguous()
+            # Torch's "nearest" divides by the factor in floating point and errs at 41, 47, 55 and more.
+            spread = F.interpolate(patches, scale_factor=slots, mode="nearest-exact")[..., :rows, :columns].contiguous()
         else:
             spread = gradient.new_zeros(ctx.size)
-        if ctx.rest:
-            blocks = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, ctx.rest], _blocks(weights, slots))
-            spread += blocks.flatten(4, 5).flatten(2, 3)[..., :rows, :columns]
+        for y, row in enumerate(_patch_rows(weights, slots) if ctx.rest else ()):
+            block = torch.einsum(
+                "btxc,btixj->bcixj", gradient[:, ctx.rest, y], _blocks(weights[:, :, row], slots)[:, :, 0]
+            )
+            part = spread[:, :, row]
+            part += block.flatten(3, 4)[:, :, : part.shape[2], :columns]
         for n, t in enumerate(ctx.few):
             b, i, j, weight = pixels[4 * n : 4 * n + 4]
             spread.movedim(1, -1)[b, i, j] += gradient[b, t, i // slots[0], j // slots[1]] * weight
         return spread, None, None, None, None, None
+
+
+def _patch_rows(weights: Tensor, slots: tuple[int, int]) -> list[slice]:
+    return [slice(start, start + slots[0]) for start in range(0, weights.shape[2], slots[0])]
 
 
 def _blocks(tensor: Tensor, slots: tuple[int, int]) -> Tensor:

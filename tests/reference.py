@@ -19,8 +19,6 @@ def ranges(size, patch_size, num_patches):
 
 def patches(target, patch_size=16, num_patches=None):
     """The (rows, columns) of each patch of a (..., H, W) target, from the top left."""
-    if num_patches is not None:
-        patch_size = None
     rows = ranges(target.shape[-2], patch_size, num_patches)
     columns = ranges(target.shape[-1], patch_size, num_patches)
     return list(itertools.product(rows, columns))

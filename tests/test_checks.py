@@ -21,11 +21,11 @@ OPTIONS = [
     (BOTH, {"num_patches": 0}, ValueError, "num_patches must be an int >= 1, got 0"),
     (BOTH, {"num_patches": "8"}, TypeError, "num_patches must be an int >= 1, got '8' of type str"),
     (BOTH, {"patch_size": 16, "num_patches": 16}, ValueError, "give patch_size or num_patches, not both, got 16 and 16"),
-    (BOTH, {"temperature": 0}, ValueError, "temperature must be a number >= 0.001 and finite, got 0"),
+    (BOTH, {"temperature": 0}, ValueError, "temperature must be a number >= 0.001 and finite in float32, got 0"),
     (BOTH, {"temperature": -1.0}, ValueError, "temperature must be"),
-    (BOTH, {"temperature": math.inf}, ValueError, "temperature must be a number >= 0.001 and finite, got inf"),
-    (BOTH, {"temperature": math.nan}, ValueError, "temperature must be a number >= 0.001 and finite, got nan"),
-    (BOTH, {"temperature": "0.1"}, TypeError, "temperature must be a number >= 0.001 and finite, got '0.1' of type str"),
+    (BOTH, {"temperature": math.inf}, ValueError, "temperature must be a number >= 0.001 and finite in float32, got inf"),
+    (BOTH, {"temperature": math.nan}, ValueError, "temperature must be a number >= 0.001 and finite in float32, got nan"),
+    (BOTH, {"temperature": "0.1"}, TypeError, "temperature must be a number >= 0.001 and finite in float32, got '0.1' of type str"),
     (BOTH, {"contrast": "ntxent"}, ValueError, "contrast must be 'nt_xent' or 'sup_con', got 'ntxent'"),
     (BOTH, {"contrast": None}, TypeError, "contrast must be 'nt_xent' or 'sup_con', got None of type NoneType"),
     (BOTH, {"max_patches": 1}, ValueError, "max_patches must be an int >= 2, got 1"),
@@ -53,11 +53,14 @@ OPTIONS = [
     ((Edge,), {"footprint": 3}, TypeError, "footprint must be 'square' or 'cross', got 3 of type int"),
     ((Edge,), {"scope": "batch"}, ValueError, "scope must be 'patch' or 'image', got 'batch'"),
     ((Edge,), {"isolate_patches": 1}, TypeError, "isolate_patches must be True or False, got 1 of type int"),
-    ((Combined,), {"alpha": -0.1}, ValueError, "alpha must be a number >= 0 and finite, got -0.1"),
-    ((Combined,), {"alpha": math.nan}, ValueError, "alpha must be a number >= 0 and finite, got nan"),
-    ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "alpha must be a number >= 0 and finite, got tensor(0.1000)"),
-    ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite, got inf"),
-    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite, got '0.1' of type str"),
+    ((Combined,), {"alpha": -0.1}, ValueError, "alpha must be a number >= 0 and finite in float32, got -0.1"),
+    ((Combined,), {"alpha": 1e39}, ValueError, "alpha must be a number >= 0 and finite in float32, got 1e+39"),
+    (BOTH, {"temperature": 10**400}, ValueError, "temperature must be a number >= 0.001 and finite in float32"),
+    ((*BOTH, Combined), {"ignore_index": 2**70}, ValueError, "ignore_index must fit int64"),
+    ((Combined,), {"alpha": math.nan}, ValueError, "alpha must be a number >= 0 and finite in float32, got nan"),
+    ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "alpha must be a number >= 0 and finite in float32, got tensor(0.1000)"),
+    ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite in float32, got inf"),
+    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str"),
     ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got str"),
     ((Combined,), {"density": Edge()}, TypeError, "density must be None or a PatchDensityContrastLoss, got PatchEdge"),
     ((Combined,), {"edge": 0.1}, TypeError, "edge must be None or a PatchEdgeContrastLoss, got float"),
@@ -103,8 +106,9 @@ TENSORS = [
     ("target", torch.zeros(2, 1, 16, 16, dtype=torch.complex64), TypeError, "target must be bool, integer or floating"),
     ("target", [[0, 1]], TypeError, "target must be a (B, K, H, W) torch.Tensor, got list"),
     ("target", MASK.to("meta"), ValueError, "must be on target's device meta, got cpu; move target with"),
-    ("target", spoiled(255), ValueError, "target must hold only 0 and 1, got 255.0 (dtype torch.float32); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion)"),
+    ("target", spoiled(255), ValueError, "target must hold only 0 and 1, got 255 (dtype torch.float32); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion)"),
     ("target", spoiled(255).byte(), ValueError, "target must hold only 0 and 1, got 255 (dtype torch.uint8)"),
+    ("target", spoiled(0.5).to(torch.float8_e5m2), ValueError, "target must hold only 0 and 1, got 0.5"),
     ("target", spoiled(0.5), ValueError, "target must hold only 0 and 1, got 0.5"),
     ("target", spoiled(-1).long(), ValueError, "target must hold only 0 and 1, got -1"),
     ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
@@ -157,7 +161,7 @@ def test_a_supervised_loss_that_is_no_scalar_is_refused(returned, error, text):
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_weights_are_checked_when_set(name):
     criterion = Combined()
-    with pytest.raises(ValueError, match=f"{name} must be a number >= 0 and finite, got -1"):
+    with pytest.raises(ValueError, match=f"{name} must be a number >= 0 and finite in float32, got -1"):
         setattr(criterion, name, -1)
 
 

@@ -1,3 +1,5 @@
+"""What training costs is measured rightly: times, the loss's share, memory."""
+
 import sys
 import time
 
@@ -30,7 +32,7 @@ def test_timed_gives_the_result_and_the_seconds():
 
     result, seconds = cost.timed(CPU, slow_sum, torch.tensor(1), torch.tensor(2))
     assert result == 3
-    assert 0.05 <= seconds < 5
+    assert seconds >= 0.05
 
 
 @pytest.mark.parametrize("tapped", [False, True])

@@ -90,6 +90,18 @@ def test_several_layers_are_named():
     FeatureTap(net)
     with pytest.raises(ValueError, match=r"layers 'head', 'side' all make the logits; .*layer=NAME"):
         net(IMAGES)
+    tap = FeatureTap(net, layer="head")
+    net(IMAGES)
+    torch.testing.assert_close(tap.features, body(net))
+
+
+def test_parts_called_by_hand_leave_nothing_in_the_tap():
+    net = Net()
+    tap = FeatureTap(net)
+    features = weakref.ref(net.body(IMAGES))
+    net.head(net.body(IMAGES))
+    assert features() is None
+    assert not tap._seen
 
 
 def test_no_layer_is_said_with_those_that_ran():
@@ -137,7 +149,9 @@ def test_a_layer_that_runs_twice_is_said(layer):
 def test_a_tap_that_never_fired_says_so():
     net = Net()
     criterion = CombinedExudateLoss(features=FeatureTap(net))
-    with pytest.raises(RuntimeError, match=r"has not run since it was tapped, or not with gradients, or only compiled"):
+    with pytest.raises(
+        RuntimeError, match=r"has not run as model\(images\) since it was tapped, or not with gradients, or only"
+    ):
         criterion(torch.zeros_like(TARGET), TARGET)
     with torch.no_grad():
         net(IMAGES)
@@ -179,6 +193,16 @@ def test_validation_without_gradients_works_once_the_layer_is_known():
     wanted = criterion(net(IMAGES), TARGET)
     with torch.no_grad():
         assert torch.equal(criterion(net.eval()(IMAGES), TARGET), wanted)
+
+
+def test_a_forward_pass_that_fails_leaves_no_features_of_the_one_before():
+    net = Net()
+    tap = FeatureTap(net)
+    net(IMAGES)
+    with pytest.raises(RuntimeError, match="channels"):
+        net(IMAGES[:, :2])
+    with pytest.raises(RuntimeError, match="the tap has no features"):
+        _ = tap.features
 
 
 def test_the_tap_lets_the_graph_go():
@@ -227,9 +251,11 @@ def test_checkpointed_layers(use_reentrant):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_recomputation_does_not_refill_the_tap(whole):
-    net = Net(
-        OUTCOMES["tensor"] if whole else lambda net, x: checkpoint(OUTCOMES["tensor"], net, x, use_reentrant=False)
-    )
+    def run(net, x):
+        return net.last(net.head(net.body(x)))  # the last layer, lest recomputation stop before the head
+
+    outcome = run if whole else lambda net, x: checkpoint(run, net, x, use_reentrant=False)
+    net = Net(outcome, last=nn.Conv2d(1, 1, 1))
     tap = FeatureTap(net, "head")
     criterion = CombinedExudateLoss(features=tap)
     logits = checkpoint(net, IMAGES, use_reentrant=False) if whole else net(IMAGES)

@@ -1,3 +1,5 @@
+"""IDRiD is read rightly, or refused in a sentence."""
+
 import os
 from pathlib import Path
 
@@ -182,7 +184,7 @@ def test_the_rim_of_a_large_lesion_is_not_widened():
     np.testing.assert_array_equal(idrid.reduced_mask(lesion, (10, 10)), expected)
 
 
-@pytest.mark.skipif("IDRID" not in os.environ, reason="IDRID does not name the data set's folder")
+@pytest.mark.skipif("IDRID" not in os.environ, reason="set IDRID to the folder of the data set")
 def test_the_real_mask_with_alpha_reads_as_1_to_10_percent_lesion():
     files = idrid.split_files(Path(os.environ["IDRID"]), "test", "EX")
     assert len(files) == 27

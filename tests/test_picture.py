@@ -1,3 +1,5 @@
+"""The picture shows what the losses see."""
+
 import numpy as np
 import picture
 import pytest

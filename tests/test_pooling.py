@@ -46,6 +46,7 @@ def blank(batch, channels, cells, masks, pixels):
 @given(cases())
 @example((*blank(1, 2, 4, 1, 16), (5, 5)))  # stride 4, cells astride patches
 @example((*blank(1, 2, 2, 1, 16), (4, 4)))  # stride 8, several patches in a cell
+@example((*blank(1, 2, 123, 1, 123), (41, 47)))  # scale factors that torch's "nearest" gets wrong
 @example((*blank(1, 2, 7, 1, 20), (5, 5)))  # a stride that divides nothing
 @example((*blank(1, 2, 23, 1, 20), (6, 6)))  # features larger than the target
 def test_masked_sums_equal_loops(case):

@@ -1,3 +1,5 @@
+"""Random crops are paired, and in range."""
+
 import pytest
 import torch
 from samples import Sample, network_input, random_batch

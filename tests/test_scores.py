@@ -1,3 +1,5 @@
+"""Scores are those of torchmetrics on whole images."""
+
 import pytest
 import scores
 import torch

@@ -1,3 +1,5 @@
+"""The drawn photographs are what their docstring says."""
+
 import numpy as np
 import pytest
 import synthetic

@@ -1,3 +1,5 @@
+"""The main job runs, from the command line to its figures."""
+
 import json
 import math
 import platform

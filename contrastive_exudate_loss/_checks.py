@@ -128,9 +128,9 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
     wrong = target[~allowed].double().unique()[:5].tolist()
     ignored = "" if ignore_index is None else f" and ignore_index = {ignore_index}"
     raise ValueError(
-        f"target must hold only 0 and 1{ignored}, got {', '.join(f'{value:g}' for value in wrong)}"
+        f"target must hold only 0 and 1{ignored}, got {', '.join(dict.fromkeys(f'{value:g}' for value in wrong))}"
         f" (dtype {target.dtype}); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion), "
-        "and give ignore_index if a value marks pixels to leave out"
+        "resize masks with mode='nearest', and give ignore_index if a value marks pixels to leave out"
     )
 
 
@@ -177,7 +177,7 @@ def _remedy(logits: Tensor, target: Tensor) -> str:
     if logits.shape[0] != target.shape[0]:
         return "; logits and target must come from the same batch"
     if logits.shape[1] != target.shape[1]:
-        return "; give one target channel per class"
+        return "; give one target channel of 0 and 1 per lesion class, none for the background"
     return "; resize logits with torch.nn.functional.interpolate(logits, size=target.shape[-2:])"
 
 

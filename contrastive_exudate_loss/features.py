@@ -1,6 +1,7 @@
 """FeatureTap: the features that a segmentation model turns into logits, kept for the criterion."""
 
 import contextlib
+import difflib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -76,8 +77,8 @@ class FeatureTap:
             raise RuntimeError("this FeatureTap is closed, or a copy, and a copy is untapped; make one for this model")
         if self._features is None and self._taken:
             raise RuntimeError(
-                "the tapped features have been taken by a criterion already; run the model again before the next loss, "
-                "or call criterion.terms(), which gives every term at once"
+                "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
+                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once"
             )
         if self._features is None:
             raise RuntimeError(
@@ -137,7 +138,7 @@ class FeatureTap:
         if _recomputing():
             return
         self._running = False
-        if self._seen:
+        if self._watchers and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             try:
                 self._choose(output)
             except ValueError:
@@ -167,8 +168,8 @@ class FeatureTap:
                 which = f"the layers {', '.join(map(repr, names))} all make"
             ran = ", ".join(repr(name) for name, _, _ in self._seen.values())
             raise ValueError(
-                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input are the features"
-                + ("" if names else f", one of {ran}")
+                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input are the features, or "
+                f"give the features to the criterion yourself{'' if names or not ran else f'; there ran {ran}'}"
             )
         name, module, features = found[0]
         for handle in self._watchers:
@@ -221,7 +222,14 @@ def _found(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
     if isinstance(layer, str):
         if layer in modules:
             return layer, modules[layer]
-        raise ValueError(f"layer must be the dotted name of a module in model.named_modules(), got {layer!r}")
+        close = difflib.get_close_matches(layer, modules, n=3) or difflib.get_close_matches(
+            f"_orig_mod.{layer}", modules
+        )
+        raise ValueError(
+            f"layer must be the dotted name of a module in model.named_modules(), got {layer!r}"
+            + (f"; near to it: {', '.join(map(repr, close))}" if close else "")
+            + ("; tap a model before torch.compile" if "_orig_mod" in modules else "")
+        )
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a module of the model or its dotted name, got {type(layer).__name__}")
     for name, module in modules.items():

@@ -44,11 +44,12 @@ class _MaskLoss(nn.Module):
         self._values_checked = True
 
     def _lesion_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, H, W), bool: target == 1, and target != ignore_index."""
-        lesion = target if target.dtype == torch.bool else target == 1
+        """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
+        lesion = target != 0
         if self.ignore_index is None or not _checks.holds(target.dtype, self.ignore_index):
             return lesion, torch.ones_like(lesion)
-        return lesion, target != self.ignore_index
+        valid = target != self.ignore_index
+        return lesion & valid, valid
 
 
 class _PatchContrastLoss(_MaskLoss):
@@ -164,8 +165,8 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         sparse, or no label has two.
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above; on CUDA the target's values are checked at the
-            first call only.
+        TypeError, ValueError: an option or a tensor is not as above. The target's values are checked at every call on
+            the CPU, at the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
@@ -251,8 +252,8 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         band has two embeddings.
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above; on CUDA the target's values are checked at the
-            first call only.
+        TypeError, ValueError: an option or a tensor is not as above. The target's values are checked at every call on
+            the CPU, at the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 16, 16, requires_grad=True)
@@ -365,6 +366,7 @@ class CombinedExudateLoss(_MaskLoss):
         ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
             the lesions of a 0/255 mask would all be ignored.
         features: a FeatureTap on the model, which then gives the features; features given to a call win over it.
+            It stands as the attribute tap, which copies of the criterion lose and can be given anew.
 
     Shape:
         logits: (B, K, H, W), floating.
@@ -374,7 +376,8 @@ class CombinedExudateLoss(_MaskLoss):
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, no features are given, or a part's ignore_index
-            contradicts this one's.
+            contradicts this one's. The target's values are checked at every call on the CPU, at the first call on
+            CUDA, and never in compiled code.
         RuntimeError: the tap has nothing to give.
 
     Example:
@@ -404,10 +407,12 @@ class CombinedExudateLoss(_MaskLoss):
         features: FeatureTap | None = None,
     ) -> None:
         super().__init__(ignore_index)
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            _checks.check_number(name, weight, 0)  # before nn.Module takes a module given by mistake for a part
         self.alpha = alpha
         self.beta = beta
-        if supervised is not None and not callable(supervised):
-            raise TypeError(f"supervised must be None or callable as (logits, target), got {type(supervised).__name__}")
+        if supervised is not None and (isinstance(supervised, type) or not callable(supervised)):
+            raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
         if features is not None and not isinstance(features, FeatureTap):
             raise TypeError(
                 f"features must be None or a FeatureTap, got {type(features).__name__}; give a tensor of features to "
@@ -458,7 +463,8 @@ class CombinedExudateLoss(_MaskLoss):
         if features is None and used:
             raise ValueError(
                 "features must be given, as criterion(logits, target, features) or by "
-                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped"
+                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped: set "
+                "criterion.tap = FeatureTap(model)"
             )
         supervised = self._supervised(logits, target)
         density = edge = supervised.new_zeros(())
@@ -523,9 +529,10 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
     features = tap.take()
     if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
         raise ValueError(
-            "features from the tap must require a gradient like logits, got features without; a checkpointed layer "
-            "needs torch.utils.checkpoint(..., use_reentrant=False), and where all before the last layer is frozen "
-            "the terms can train nothing: set alpha = beta = 0"
+            f"features from the tap must require a gradient like logits, got features without from {tap}; a "
+            "checkpointed layer needs torch.utils.checkpoint(..., use_reentrant=False); where all before the last "
+            "layer is frozen the terms can train nothing: set alpha = beta = 0; where this is not the layer that makes "
+            "the logits, give FeatureTap(model, layer=NAME)"
         )
     return features
 

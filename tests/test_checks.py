@@ -61,7 +61,9 @@ OPTIONS = [
     ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "alpha must be a number >= 0 and finite in float32, got tensor(0.1000)"),
     ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite in float32, got inf"),
     ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str"),
-    ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got str"),
+    ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got 'bce'"),
+    ((Combined,), {"supervised": torch.nn.BCELoss}, TypeError, "supervised must be None or callable as (logits, target)"),
+    ((Combined,), {"alpha": torch.nn.BCEWithLogitsLoss()}, TypeError, "alpha must be a number >= 0 and finite in float32"),
     ((Combined,), {"density": Edge()}, TypeError, "density must be None or a PatchDensityContrastLoss, got PatchEdge"),
     ((Combined,), {"edge": 0.1}, TypeError, "edge must be None or a PatchEdgeContrastLoss, got float"),
     ((Combined,), {"edge": Edge(), "ignore_index": -1}, ValueError, "edge must have ignore_index=-1 like the criterion"),
@@ -114,7 +116,7 @@ TENSORS = [
     ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
     ("logits", torch.zeros(2, 16, 16), ValueError, "logits must be (B, K, H, W), got (2, 16, 16); add the class axis"),
     ("logits", torch.zeros(3, 1, 16, 16), ValueError, "logits must be (B, K, H, W) = (2, 1, 16, 16) like target, got (3, 1, 16, 16); logits and target must come from the same batch"),
-    ("logits", torch.zeros(2, 2, 16, 16), ValueError, "got (2, 2, 16, 16); give one target channel per class"),
+    ("logits", torch.zeros(2, 2, 16, 16), ValueError, "got (2, 2, 16, 16); give one target channel of 0 and 1 per lesion class"),
     ("logits", torch.zeros(2, 1, 8, 8), ValueError, "got (2, 1, 8, 8); resize logits with torch.nn.functional.interpolate"),
     ("logits", LOGITS.long(), TypeError, "logits must be floating, got torch.int64"),
     ("logits", LOGITS.to("meta"), ValueError, "logits must be on target's device cpu, got meta"),
@@ -206,6 +208,8 @@ def test_holds_what_survives_a_round_trip(dtype):
         ("unet", None, TypeError, "model must be a torch.nn.Module, got str"),
         (torch.nn.DataParallel(torch.nn.Conv2d(2, 1, 1)), None, ValueError, "model must not be nn.DataParallel"),
         (torch.nn.Conv2d(2, 1, 1), "head", ValueError, "layer must be the dotted name of a module"),
+        (torch.nn.ModuleDict({"head": torch.nn.ReLU()}), "heads", ValueError, "got 'heads'; near to it: 'head'"),
+        (torch.nn.ModuleDict({"_orig_mod": torch.nn.ReLU()}), "head", ValueError, "tap a model before torch.compile"),
         (torch.nn.Conv2d(2, 1, 1), 3, TypeError, "layer must be a module of the model or its dotted name, got int"),
         (
             torch.nn.Conv2d(2, 1, 1),
@@ -214,7 +218,7 @@ def test_holds_what_survives_a_round_trip(dtype):
             "layer must be a module of the model, got another ReLU",
         ),
     ],
-    ids=["no module", "DataParallel", "unknown name", "no layer", "stranger"],
+    ids=["no module", "DataParallel", "unknown name", "near name", "compiled", "no layer", "stranger"],
 )
 def test_a_bad_tap_is_refused(model, layer, error, text):
     with pytest.raises(error, match=text):

@@ -107,8 +107,22 @@ def test_parts_called_by_hand_leave_nothing_in_the_tap():
 def test_no_layer_is_said_with_those_that_ran():
     net = Net(lambda net, x: net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
     FeatureTap(net)
-    with pytest.raises(ValueError, match=r"no convolution or linear layer .* makes the logits; .*one of 'gate'"):
+    with pytest.raises(ValueError, match=r"no convolution or linear layer .* makes the logits; .*there ran 'gate'"):
         net(IMAGES)
+
+
+def test_a_model_without_convolution_or_linear_layer_is_said():
+    net = Net(lambda net, x: x * net.scale, scale=nn.Parameter(torch.ones(1)))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match=r"no convolution or linear layer .* give the features to the criterion"):
+        net(IMAGES)
+
+
+def test_a_copy_of_a_criterion_can_be_tapped_anew():
+    net = Net()
+    criterion = copy.deepcopy(CombinedExudateLoss(features=FeatureTap(net)))
+    criterion.tap = FeatureTap(net)
+    assert criterion(net(IMAGES), TARGET).isfinite()
 
 
 def test_an_unknown_output_is_said():
@@ -182,7 +196,7 @@ def test_a_second_take_is_refused_until_the_next_forward():
     criterion = CombinedExudateLoss(features=FeatureTap(net))
     logits = net(IMAGES)
     criterion(logits, TARGET)
-    with pytest.raises(RuntimeError, match="taken by a criterion already; run the model again"):
+    with pytest.raises(RuntimeError, match=r"taken by a criterion already; run the tapped model .* again"):
         criterion(logits, TARGET)
     criterion(net(IMAGES), TARGET)
 

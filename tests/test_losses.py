@@ -386,6 +386,15 @@ def test_supervised_gets_the_target_as_it_is():
     assert seen[0] is target
 
 
+def test_a_compiled_criterion_which_checks_no_value_reads_a_0_255_mask_as_it_looks():
+    logits, target, features = batch()
+    torch.compiler.reset()
+    compiled = torch.compile(CombinedExudateLoss(), backend="eager")
+    torch.testing.assert_close(
+        compiled(logits, 255 * target, features), CombinedExudateLoss()(logits, target, features)
+    )
+
+
 def test_a_half_precision_supervised_loss_is_made_float32():
     logits, target, features = batch()
     criterion = CombinedExudateLoss(supervised=lambda logits, _: logits.mean().half())

@@ -46,7 +46,6 @@ def blank(batch, channels, cells, masks, pixels):
 @given(cases())
 @example((*blank(1, 2, 4, 1, 16), (5, 5)))  # stride 4, cells astride patches
 @example((*blank(1, 2, 2, 1, 16), (4, 4)))  # stride 8, several patches in a cell
-@example((*blank(1, 2, 123, 1, 123), (41, 47)))  # scale factors that torch's "nearest" gets wrong
 @example((*blank(1, 2, 7, 1, 20), (5, 5)))  # a stride that divides nothing
 @example((*blank(1, 2, 23, 1, 20), (6, 6)))  # features larger than the target
 def test_masked_sums_equal_loops(case):
@@ -131,3 +130,14 @@ def test_inputs_stay_as_they_are():
     masked_sums(features, mask, (4, 4))
     assert torch.equal(features, before[0])
     assert torch.equal(mask, before[1])
+
+
+@pytest.mark.parametrize("side", [41, 47, 55, 61, 82, 109])
+def test_a_full_mask_sends_each_pixel_the_gradient_of_its_own_patch(side):
+    # Torch's "nearest" upsampling by these factors errs by a pixel in float32.
+    features = torch.zeros(1, 2, 3 * side, 2 * side, requires_grad=True)
+    sums, _ = masked_sums(features, torch.ones(1, 1, 3 * side, 2 * side, dtype=torch.bool), (side, side))
+    weights = torch.arange(12.0).reshape(sums.shape)
+    (gradient,) = torch.autograd.grad((sums * weights).sum(), features)
+    wanted = weights[:, 0].movedim(-1, 1).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    assert torch.equal(gradient, wanted)

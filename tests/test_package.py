@@ -110,6 +110,8 @@ def test_readme_shows_the_figures_of_the_recorded_run():
     }
     for name, values in rows.items():
         assert " | ".join(("| " + name, *values)) in readme
+    tenth = json.loads((ROOT / "benchmarks/results/train-cpu-tenth.json").read_text())["arms"]["BCE + contrast"]
+    assert f"F1 is {tenth['f1']:.3f} and average precision {tenth['average_precision']:.3f}" in readme
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

@@ -1,0 +1,124 @@
+"""Laws of CombinedExudateLoss: its weights and its parts."""
+
+import pytest
+import reference
+import segmentation_models_pytorch as smp
+import torch
+from batches import assert_equal_values_and_gradients, batch
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.losses import DiceLoss
+from strategies import features_for, masks
+
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    LossTerms,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+)
+
+
+@given(data=st.data())
+def test_combined_weighs_its_parts(data):
+    ignored = data.draw(st.booleans())
+    target = data.draw(masks(batch=(1, 2), side=(1, 10), ignored=ignored))
+    ignore_index = 255 if ignored else None
+    features = data.draw(features_for(len(target), side=(1, 12))).requires_grad_()
+    logits = torch.randn(target.shape, dtype=torch.float64, requires_grad=True)
+    alpha, beta = data.draw(st.sampled_from([(0.02, 0.1), (1.0, 0.0), (0.0, 2.0), (0.5, 0.5)]))
+    sides = data.draw(st.sampled_from([(4, 4), (4, 5)]))  # one pooling for both terms, or two
+    criterion = CombinedExudateLoss(
+        alpha,
+        beta,
+        density=PatchDensityContrastLoss(sides[0], ignore_index=ignore_index),
+        edge=PatchEdgeContrastLoss(sides[1], ignore_index=ignore_index),
+        ignore_index=ignore_index,
+    )
+    terms = criterion.terms(logits, target, features)
+    supervised = reference.cross_entropy(logits, target, ignore_index)
+    density = reference.density_loss(features, target, patch_size=sides[0], ignore_index=ignore_index)
+    edge = reference.edge_loss(features, target, patch_size=sides[1], ignore_index=ignore_index)
+    wanted = supervised + alpha * density + beta * edge
+    assert_equal_values_and_gradients(terms.total, wanted + 0 * features.sum(), logits, features)
+    for got, value, weight in zip(terms[1:], (supervised, density, edge), (1, alpha, beta), strict=True):
+        torch.testing.assert_close(got, value.double() * (weight > 0))
+    assert torch.equal(criterion(logits, target, features), terms.total)
+
+
+def test_gradcheck_of_the_combination():
+    logits, target, features = batch(size=12, channels=2, dtype=torch.float64)
+    target[1, :, :6] = 255
+    criterion = CombinedExudateLoss(0.5, 2.0, ignore_index=255)
+    assert torch.autograd.gradcheck(lambda *tensors: criterion(tensors[0], target, tensors[1]), (logits, features))
+
+
+def test_alpha_and_beta_skip_and_may_change():
+    logits, target, features = batch()
+    criterion = CombinedExudateLoss(0, 0)
+    bce = torch.nn.BCEWithLogitsLoss()(logits, target)
+    assert torch.equal(criterion(logits, target), bce)
+    criterion.alpha, criterion.beta = 0.3, 2
+    terms = criterion.terms(logits, target, features)
+    assert isinstance(terms, LossTerms)
+    torch.testing.assert_close(terms.total, bce + 0.3 * terms.density + 2 * terms.edge)
+    assert (criterion.alpha, criterion.beta) == (0.3, 2)
+    criterion.beta = 0
+    assert criterion.terms(logits, target, features).edge == 0
+
+
+@pytest.mark.parametrize(
+    "supervised",
+    [
+        DiceLoss(sigmoid=True),
+        smp.losses.DiceLoss("multilabel"),
+        smp.losses.TverskyLoss("multilabel"),
+        smp.losses.FocalLoss("multilabel"),
+    ],
+    ids=["MONAI Dice", "smp Dice", "smp Tversky", "smp Focal"],
+)
+def test_another_supervised_loss(supervised):
+    logits, target, features = batch(classes=2)
+    terms = CombinedExudateLoss(supervised=supervised).terms(logits, target, features)
+    assert torch.equal(terms.supervised, supervised(logits, target))
+    assert_equal_values_and_gradients(
+        terms.total, terms.supervised + 0.02 * terms.density + 0.1 * terms.edge, logits, features
+    )
+
+
+def test_supervised_gets_the_target_as_it_is():
+    logits, target, features = batch()
+    target[:, :, :4] = 255
+    seen = []
+
+    def supervised(logits, target):
+        seen.append(target)
+        return logits.mean()
+
+    CombinedExudateLoss(supervised=supervised, ignore_index=255)(logits, target, features)
+    assert seen[0] is target
+
+
+def test_a_half_precision_supervised_loss_is_made_float32():
+    logits, target, features = batch()
+    criterion = CombinedExudateLoss(supervised=lambda logits, _: logits.mean().half())
+    assert criterion(logits, target, features).dtype == torch.float32
+    criterion.alpha = criterion.beta = 0
+    assert criterion(logits, target).dtype == torch.float32
+
+
+def test_a_subclass_of_a_term_is_called_as_it_is():
+    class Doubled(PatchDensityContrastLoss):
+        def forward(self, features, target):
+            return 2 * super().forward(features, target)
+
+    logits, target, features = batch()
+    wanted = 2 * CombinedExudateLoss().terms(logits, target, features).density
+    torch.testing.assert_close(CombinedExudateLoss(density=Doubled()).terms(logits, target, features).density, wanted)
+
+
+def test_weights_stay_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        criterion = CombinedExudateLoss(0.5)
+    logits, target, features = batch()
+    assert criterion.alpha == 0.5
+    assert torch.equal(criterion(logits, target, features), CombinedExudateLoss(0.5)(logits, target, features))

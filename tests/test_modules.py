@@ -1,0 +1,79 @@
+"""The losses as modules: copies, repr, inputs and tensor subclasses."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from batches import MODULES, batch
+from monai.data import MetaTensor
+from monai.losses import DiceLoss
+
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+)
+
+
+def test_meta_tensors_of_monai_give_plain_tensors():
+    logits, target, features = batch()
+    wanted = CombinedExudateLoss().terms(logits, target, features)
+    inputs = MetaTensor(logits), MetaTensor(target), MetaTensor(features)
+    for got, value in zip(CombinedExudateLoss().terms(*inputs), wanted, strict=True):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, value)
+    dice = CombinedExudateLoss(supervised=DiceLoss(sigmoid=True))
+    assert type(dice(*inputs)) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "torch.save", "state_dict"])
+def test_copies_give_the_same_loss(name, way):
+    module = MODULES[name]
+    logits, target, features = batch()
+    arguments = (logits, target, features) if name == "combined" else (features, target)
+    wanted = module(*arguments)
+    if way == "pickle":
+        other = pickle.loads(pickle.dumps(module))
+    elif way == "deepcopy":
+        other = copy.deepcopy(module)
+    elif way == "torch.save":
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(module)
+        other.load_state_dict(module.state_dict())
+        assert not other.state_dict()
+    assert torch.equal(other(*arguments), wanted)
+    assert repr(other) == repr(module)
+
+
+def test_repr_names_options_parts_and_a_supervised_function():
+    assert "supervised=<function" in repr(CombinedExudateLoss(supervised=lambda logits, _: logits.mean()))
+    assert "num_patches=4" in repr(MODULES["density"])
+    assert "select=3" in repr(MODULES["density"])
+    assert "inner_radius=(1, 2)" in repr(MODULES["edge"])
+    text = repr(MODULES["combined"])
+    assert "alpha=0.5, beta=0.25" in text
+    assert "DiceLoss" in text
+
+
+def test_modules_keep_no_tensor_of_a_call():
+    for name, module in MODULES.items():
+        module = copy.deepcopy(module)
+        before = set(vars(module))
+        logits, target, features = batch()
+        module(*((logits, target, features) if name == "combined" else (features, target)))
+        assert set(vars(module)) == before
+        assert not [value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.dim() > 0]
+        assert not list(module.parameters())
+        assert not list(module.buffers())
+
+
+def test_inputs_stay_as_they_are():
+    tensors = [tensor.detach() for tensor in batch()]
+    before = [tensor.clone() for tensor in tensors]
+    CombinedExudateLoss()(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

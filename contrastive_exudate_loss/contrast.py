@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CONTRASTS = ("nt_xent", "sup_con")
@@ -188,12 +187,29 @@ def _by_mask(
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
     """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    # -log(exp(s) / (exp(s) + exp(lse))) = -logsigmoid(s - lse), whose derivative is -sigmoid(lse - s).
-    loss = -F.logsigmoid(pos.sub_(lse)).sum(1)
-    pos.neg_().sigmoid_()
+    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)),
+    # whose derivative by s is -sigmoid(x).
+    pos.sub_(lse).neg_()
+    loss = pos.clamp(min=0).sum(1) - _sum_of_logs(pos.abs().sigmoid_())
+    pos.sigmoid_()
     neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
     pos.neg_()
     return loss
+
+
+def _sum_of_logs(values: Tensor) -> Tensor:
+    """Sum over each row of the logarithms of values in [0.5, 1].
+
+    A logarithm costs a CPU as much as dozens of products, so up to 63 values are multiplied first: 2^-63 is far from
+    underflow, and the product is as exact as its factors.
+    """
+    for _ in range(5):
+        half = values.shape[1] // 2
+        if half:
+            odd = values[:, 2 * half :]
+            values = values[:, :half] * values[:, half : 2 * half]
+            values[:, : odd.shape[1]] *= odd
+    return values.log().sum(1)
 
 
 def _sup_con_rows(pos: Tensor, neg: Tensor) -> Tensor:

@@ -214,3 +214,11 @@ def test_best_of_each_label_equals_sorting(batch, limit):
         wanted += sorted(members, key=lambda i: int(priority[i]))[:limit]
     assert index[kept].tolist() == wanted
     assert len(index) == 2 * min(len(labels), limit)
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31))
+def test_sum_of_logs_equals_logs_summed(width, seed):
+    values = 0.5 + 0.5 * torch.rand(3, width, generator=torch.Generator().manual_seed(seed))
+    values[0] = 0.5  # the smallest product
+    wanted = values.double().log().sum(1)
+    torch.testing.assert_close(module._sum_of_logs(values).double(), wanted, rtol=1e-5, atol=1e-6)

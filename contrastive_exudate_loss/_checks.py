@@ -125,7 +125,7 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
         allowed |= target == ignore_index
     if bool(allowed.all()):
         return
-    wrong = target[~allowed].double().unique()[:5].tolist()
+    wrong = target.double()[~allowed].unique()[:5].tolist()
     ignored = "" if ignore_index is None else f" and ignore_index = {ignore_index}"
     raise ValueError(
         f"target must hold only 0 and 1{ignored}, got {', '.join(dict.fromkeys(f'{value:g}' for value in wrong))}"

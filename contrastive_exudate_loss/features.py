@@ -131,7 +131,7 @@ class FeatureTap:
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():
             return
-        self._features, self._running, self._runs = None, True, 0
+        self._features, self._taken, self._running, self._runs = None, False, True, 0
         self._seen.clear()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:

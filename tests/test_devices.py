@@ -95,6 +95,7 @@ def test_a_step_is_captured_in_a_cuda_graph():
         return loss, *torch.autograd.grad(loss, (logits, features))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()

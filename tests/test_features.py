@@ -209,10 +209,13 @@ def test_validation_without_gradients_works_once_the_layer_is_known():
         assert torch.equal(criterion(net.eval()(IMAGES), TARGET), wanted)
 
 
-def test_a_forward_pass_that_fails_leaves_no_features_of_the_one_before():
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_forward_pass_that_fails_leaves_no_features_of_the_one_before(taken):
     net = Net()
     tap = FeatureTap(net)
     net(IMAGES)
+    if taken:
+        tap.take()
     with pytest.raises(RuntimeError, match="channels"):
         net(IMAGES[:, :2])
     with pytest.raises(RuntimeError, match="the tap has no features"):

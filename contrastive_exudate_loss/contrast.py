@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 CONTRASTS = ("nt_xent", "sup_con")
-# Similarities per tile: small enough for a CPU's cache, large enough for a matrix product.
-TILE = 2**18
+# Similarities in a tile: few enough for a CPU's cache, enough for its threads to be worth waking.
+TILE = 2**19
 
 
 def contrast_loss(
@@ -128,31 +128,32 @@ def _(
 def _by_label(
     z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sorted by label, so that positives and negatives are slices of a tile; sizes depend on the data."""
-    order = torch.cat([ones.nonzero(), zeros.nonzero()]).squeeze(1)
-    split, total = int(ones.sum()), len(order)
-    gradient = torch.zeros_like(z) if with_gradient else z.new_empty(0)
-    terms = sum(n * (n - 1) if contrast == "nt_xent" else n * (n > 1) for n in (split, total - split))
-    if split in (0, total) or terms == 0:
-        return z.new_zeros(()), gradient
-    z = z[order]
+    """Positives and negatives of each label apart, as contiguous tiles; sizes depend on the data."""
+    groups = [label.nonzero().squeeze(1) for label in (ones, zeros)]
+    terms = sum(len(n) * (len(n) - 1) if contrast == "nt_xent" else len(n) * (len(n) > 1) for n in groups)
     loss = z.new_zeros(())
-    d_z = torch.zeros_like(z)
-    rows = max(1, TILE // total)
-    for begin, end in ((0, split), (split, total)):
-        for start in range(begin, end, rows):
-            stop = min(start + rows, end)
-            tile = z[start:stop] @ z.T / temperature
-            tile.diagonal(start).fill_(math.inf)
-            pos = tile[:, begin:end]
-            neg = tile[:, split:] if begin == 0 else tile[:, :split]
+    gradient = torch.zeros_like(z) if with_gradient else z.new_empty(0)
+    if terms == 0 or min(map(len, groups)) == 0:
+        return loss, gradient
+    rows = max(1, TILE // sum(map(len, groups)))
+    for same, other in (groups, groups[::-1]):
+        anchors, negatives = z[same], z[other]
+        # Dividing the vectors, not their products, saves a pass over every tile.
+        columns, other_columns = (anchors / temperature).T, (negatives / temperature).T
+        d_anchors, d_negatives = torch.zeros_like(anchors), torch.zeros_like(negatives)
+        for start in range(0, len(same), rows):
+            row = slice(start, start + rows)
+            pos, neg = anchors[row] @ columns, anchors[row] @ other_columns
+            pos.diagonal(start).fill_(math.inf)
             loss += _ROWS[contrast](pos, neg).sum()
             if with_gradient:
-                d_z[start:stop].addmm_(tile, z)
-                d_z.addmm_(tile.T, z[start:stop])
-    if with_gradient:
-        gradient[order] = d_z / (temperature * terms)
-    return loss / terms, gradient
+                d_anchors[row].addmm_(pos, anchors).addmm_(neg, negatives)
+                d_anchors.addmm_(pos.T, anchors[row])
+                d_negatives.addmm_(neg.T, anchors[row])
+        if with_gradient:
+            gradient[same] += d_anchors
+            gradient[other] += d_negatives
+    return loss / terms, gradient.div_(temperature * terms)
 
 
 def _by_mask(
@@ -165,7 +166,7 @@ def _by_mask(
     loss = z.new_zeros(())
     d_z = torch.zeros_like(z)
     index = torch.arange(total, device=z.device)
-    rows = max(1, TILE // total)
+    rows = max(1, 8 * TILE // total)  # each tile costs its launches, and no cache has to hold it
     for start in range(0, total, rows):
         row = slice(start, start + rows)
         positive = (ones[row, None] & ones) | (zeros[row, None] & zeros)
@@ -187,18 +188,21 @@ def _by_mask(
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
     """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)) = max(x, 0) - log(sigmoid(|x|)),
-    # whose derivative by s is -sigmoid(x).
-    pos.sub_(lse).neg_()
-    loss = pos.clamp(min=0).sum(1) - _sum_of_logs(pos.abs().sigmoid_())
+    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)) = max(x, 0) - log(max(q, 1 - q)) with
+    # q = sigmoid(x), and its derivative by s is -q.
+    torch.sub(lse, pos, out=pos)
+    scratch = pos.clamp(min=0)
+    loss = scratch.sum(1)
     pos.sigmoid_()
+    torch.maximum(pos, torch.sub(1, pos, out=scratch), out=scratch)
+    loss -= _sum_of_logs_(scratch)
     neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
     pos.neg_()
     return loss
 
 
-def _sum_of_logs(values: Tensor) -> Tensor:
-    """Sum over each row of the logarithms of values in [0.5, 1].
+def _sum_of_logs_(values: Tensor) -> Tensor:
+    """Sum over each row of the logarithms of values in [0.5, 1], which are overwritten.
 
     A logarithm costs a CPU as much as dozens of products, so up to 63 values are multiplied first: 2^-63 is far from
     underflow, and the product is as exact as its factors.
@@ -206,9 +210,9 @@ def _sum_of_logs(values: Tensor) -> Tensor:
     for _ in range(5):
         half = values.shape[1] // 2
         if half:
-            odd = values[:, 2 * half :]
-            values = values[:, :half] * values[:, half : 2 * half]
-            values[:, : odd.shape[1]] *= odd
+            last, odd = values[:, half : 2 * half], values[:, 2 * half :]
+            values = values[:, :half].mul_(last)
+            values[:, : odd.shape[1]].mul_(odd)
     return values.log().sum(1)
 
 

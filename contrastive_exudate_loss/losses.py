@@ -314,7 +314,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         outer = self._band(outer_contour, lesion, background, self.outer_radius, dense)
         if self.isolate_patches:
             inner, outer = (paste_patches(band, size, margin=1) for band in (inner, outer))
-        return (torch.cat([inner, outer], 1),)
+        return (_side_by_side(inner, outer),)
 
     def _band(
         self,
@@ -514,8 +514,8 @@ class CombinedExudateLoss(_MaskLoss):
         with _full_precision(target.device):
             whole, *fraction = density._masks(target)
             (bands,) = edge._masks(target)
-            sums, counts = masked_sums(features, torch.cat([whole, bands], 1), edge._sides(target))
-            k = whole.shape[1]
+            sums, counts = masked_sums(features, _side_by_side(whole, bands), edge._sides(target))
+            k = target.shape[1]
             return (
                 density._contrast(sums[:, :k], counts[:, :k], *fraction),
                 edge._contrast(sums[:, k:], counts[:, k:]),
@@ -535,6 +535,11 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
             "the logits, give FeatureTap(model, layer=NAME)"
         )
     return features
+
+
+def _side_by_side(*masks: Tensor) -> Tensor:
+    """Masks (B, K, H, W) joined along K; as (B, K, H W), of whose memory format the compiler has no doubts."""
+    return torch.cat([mask.flatten(2) for mask in masks], 1).reshape(len(masks[0]), -1, *masks[0].shape[2:])
 
 
 def _binary_cross_entropy(logits: Tensor, lesion: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Masked average pooling: the mean feature vector of many masks in every patch, in one operation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,15 +29,20 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
         counts: (B, T, gh, gw), of the same dtype.
     """
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    features, weights = features.to(dtype), masks.to(dtype)
+    weights = masks
     grid = -(-masks.shape[2] // sides[0]), -(-masks.shape[3] // sides[1])
+    features = features.to(dtype)
+    slots: list[int] = []
     for axis, side, patches in zip((2, 3), sides, grid, strict=True):
         features, weights = _aligned(features, weights, axis, side, patches)
-    slots = weights.shape[2] // grid[0], weights.shape[3] // grid[1]
-    # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
-    look = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    sums = (_sums_by_density if look else _sums_by_product)(features, weights, slots)
-    return sums, _blocks(weights, slots).sum((3, 5))
+        slots.append(weights.shape[axis] // patches)
+    if features.device.type == "cpu":
+        sums: Tensor = _sums_by_density(features, weights, slots)
+    elif torch.compiler.is_compiling():
+        sums = _sums_by_fusion(features, weights, slots)
+    else:
+        sums = _sums_by_product(features, weights, slots)
+    return sums, _blocks(weights, slots).sum((3, 5), dtype=dtype)
 
 
 def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
@@ -52,15 +58,94 @@ def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
-def _sums_by_product(features: Tensor, weights: Tensor, slots: tuple[int, int]) -> Tensor:
-    """One matrix product per patch: shapes depend on shapes alone."""
+def _sums_by_product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+    """One matrix product per patch: shapes depend on shapes alone, but the features are copied on the way."""
     features = _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
-    sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", _blocks(features, slots), _blocks(weights, slots))
+    blocks = _blocks(weights, slots).to(features.dtype)
+    sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", _blocks(features, slots), blocks)
     return sums
 
 
-def _sums_by_density(features: Tensor, weights: Tensor, slots: tuple[int, int]) -> Tensor:
-    """Each mask in the cheapest way: a constant one by adding up, a sparse one pixel by pixel, others by product."""
+def _sums_by_fusion(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+    """Products that a compiler fuses with their sums: one reading of the features, and nothing of their size stored."""
+    features = _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
+    blocks = _blocks(features, slots)
+    sums = [(blocks * _blocks(weight, slots)).sum((3, 5)) for weight in weights.split(1, 1)]
+    return torch.stack(sums, 1).movedim(2, -1)
+
+
+@torch.library.custom_op("contrastive_exudate_loss::masked_sums", mutates_args=())
+def _sums_by_density(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+    """Each mask in the cheapest way, which depends on the data: see _by_density."""
+    grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
+    sums = features.new_zeros(weights.shape[0], weights.shape[1], *grid, features.shape[1])
+    few, level, rest = _by_density(features, weights)
+    if level:
+        inner = _padded(features, 3, weights.shape[3]).unflatten(3, (grid[1], slots[1])).sum(4)
+        total = _padded(inner, 2, weights.shape[2]).unflatten(2, (grid[0], slots[0])).sum(3)
+        sums[:, level] = _heights(weights, level) * total.movedim(1, -1).unsqueeze(1)
+    # A patch row at a time: the product copies what it sums, and all the features would be too much.
+    for y, rows in enumerate(_patch_rows(weights, slots) if rest else ()):
+        sums[:, rest, y] = _sums_by_product(features[:, :, rows], weights[:, rest, rows], slots)[:, :, 0]
+    for t in few:
+        b, i, j = weights[:, t].nonzero(as_tuple=True)
+        # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
+        total = torch.zeros_like(sums[:, t], dtype=torch.float64)
+        vectors = (features[b, :, i, j] * weights[b, t, i, j].unsqueeze(1)).double()
+        sums[:, t] = total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
+    return sums
+
+
+@_sums_by_density.register_fake
+def _(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+    grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
+    return features.new_empty(weights.shape[0], weights.shape[1], *grid, features.shape[1])
+
+
+@torch.library.custom_op("contrastive_exudate_loss::masked_sums_backward", mutates_args=())
+def _spread(gradient: Tensor, weights: Tensor, slots: Sequence[int], rows: int, columns: int) -> Tensor:
+    """Gradient of the features (B, C, rows, columns) from that of the sums, written once."""
+    few, level, rest = _by_density(gradient.new_empty(1, 1, rows, columns), weights)
+    if level:
+        patches = (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1)
+        patch_row, patch_column = (
+            torch.arange(n, device=gradient.device) // slot for n, slot in zip((rows, columns), slots, strict=True)
+        )
+        spread = patches.index_select(3, patch_column).index_select(2, patch_row)
+    else:
+        spread = gradient.new_zeros(gradient.shape[0], gradient.shape[-1], rows, columns)
+    for y, row in enumerate(_patch_rows(weights, slots) if rest else ()):
+        blocks = _blocks(weights[:, rest, row], slots)[:, :, 0].to(gradient.dtype)
+        block = torch.einsum("btxc,btixj->bcixj", gradient[:, rest, y], blocks)
+        part = spread[:, :, row]
+        part += block.flatten(3, 4)[:, :, : part.shape[2], :columns]
+    for t in few:
+        b, i, j = weights[:, t].nonzero(as_tuple=True)
+        vectors = gradient[b, t, i // slots[0], j // slots[1]] * weights[b, t, i, j].unsqueeze(1)
+        spread.movedim(1, -1)[b, i, j] += vectors
+    return spread
+
+
+@_spread.register_fake
+def _(gradient: Tensor, weights: Tensor, slots: Sequence[int], rows: int, columns: int) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], gradient.shape[-1], rows, columns)
+
+
+def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weights, ctx.slots = inputs
+    ctx.size = features.shape[2:]
+    ctx.save_for_backward(weights)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _spread(gradient, *ctx.saved_tensors, ctx.slots, *ctx.size), None, None
+
+
+_sums_by_density.register_autograd(_backward, setup_context=_keep_weights)
+
+
+def _by_density(features: Tensor, weights: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """The masks to be summed pixel by pixel, those that are constant, to be added up whole, and all others."""
     few: list[int] = []
     level: list[int] = []
     rest: list[int] = []
@@ -69,76 +154,18 @@ def _sums_by_density(features: Tensor, weights: Tensor, slots: tuple[int, int]) 
             few.append(t)
         else:
             (level if bool((weight == weight[0, 0, 0]).all()) else rest).append(t)
-    sums: Tensor = _SumsByDensity.apply(features, weights, slots, few, level, rest)
-    return sums
+    return few, level, rest
 
 
-class _SumsByDensity(torch.autograd.Function):
-    """Reads the features once for each kind of mask, and writes their gradient once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weights: Tensor,
-        slots: tuple[int, int],
-        few: list[int],
-        level: list[int],
-        rest: list[int],
-    ) -> Tensor:
-        ctx.slots, ctx.few, ctx.level, ctx.rest = slots, few, level, rest
-        ctx.size = features.shape
-        grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
-        sums = features.new_zeros(weights.shape[0], weights.shape[1], *grid, features.shape[1])
-        height = weights[0, level, 0, 0, None, None, None]
-        if level:
-            inner = _padded(features, 3, weights.shape[3]).unflatten(3, (grid[1], slots[1])).sum(4)
-            total = _padded(inner, 2, weights.shape[2]).unflatten(2, (grid[0], slots[0])).sum(3)
-            sums[:, level] = height * total.movedim(1, -1).unsqueeze(1)
-        # A patch row at a time: the product copies what it sums, and all the features would be too much.
-        for y, rows in enumerate(_patch_rows(weights, slots) if rest else ()):
-            sums[:, rest, y] = _sums_by_product(features[:, :, rows], weights[:, rest, rows], slots)[:, :, 0]
-        pixels = []
-        for t in few:
-            b, i, j = weights[:, t].nonzero(as_tuple=True)
-            weight = weights[b, t, i, j].unsqueeze(1)
-            # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
-            total = torch.zeros_like(sums[:, t], dtype=torch.float64)
-            vectors = (features[b, :, i, j] * weight).double()
-            sums[:, t] = total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
-            pixels += [b, i, j, weight]
-        ctx.save_for_backward(weights[:, rest], height, *pixels)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        spread: Tensor
-        weights, height, *pixels = ctx.saved_tensors
-        slots = ctx.slots
-        rows, columns = ctx.size[2:]
-        if ctx.level:
-            patches = (height * gradient[:, ctx.level]).sum(1).movedim(-1, 1).contiguous()
-            # Torch's "nearest" divides by the factor in floating point and errs at 41, 47, 55 and more.
-            spread = F.interpolate(patches, scale_factor=slots, mode="nearest-exact")[..., :rows, :columns].contiguous()
-        else:
-            spread = gradient.new_zeros(ctx.size)
-        for y, row in enumerate(_patch_rows(weights, slots) if ctx.rest else ()):
-            block = torch.einsum(
-                "btxc,btixj->bcixj", gradient[:, ctx.rest, y], _blocks(weights[:, :, row], slots)[:, :, 0]
-            )
-            part = spread[:, :, row]
-            part += block.flatten(3, 4)[:, :, : part.shape[2], :columns]
-        for n, t in enumerate(ctx.few):
-            b, i, j, weight = pixels[4 * n : 4 * n + 4]
-            spread.movedim(1, -1)[b, i, j] += gradient[b, t, i // slots[0], j // slots[1]] * weight
-        return spread, None, None, None, None, None
+def _heights(weights: Tensor, level: list[int]) -> Tensor:
+    return weights[0, level, 0, 0, None, None, None]
 
 
-def _patch_rows(weights: Tensor, slots: tuple[int, int]) -> list[slice]:
+def _patch_rows(weights: Tensor, slots: Sequence[int]) -> list[slice]:
     return [slice(start, start + slots[0]) for start in range(0, weights.shape[2], slots[0])]
 
 
-def _blocks(tensor: Tensor, slots: tuple[int, int]) -> Tensor:
+def _blocks(tensor: Tensor, slots: Sequence[int]) -> Tensor:
     """(B, N, rows, columns) as (B, N, gh, rows per patch, gw, columns per patch)."""
     blocks: Tensor = tensor.unflatten(3, (-1, slots[1])).unflatten(2, (-1, slots[0]))
     return blocks
@@ -149,10 +176,9 @@ def _aligned(features: Tensor, weights: Tensor, axis: int, side: int, patches: i
     pixels, cells = weights.shape[axis], features.shape[axis]
     stride = pixels // cells
     if pixels % cells == 0 and side % stride == 0:
-        slots = patches * (side // stride)
-        weights = _padded(weights, axis, slots * stride)
+        weights = _padded(weights, axis, patches * side)
         if stride > 1:
-            weights = weights.unflatten(axis, (slots, stride)).sum(axis + 1)
+            weights = weights.unflatten(axis, (-1, stride)).sum(axis + 1, dtype=features.dtype)
         return features, weights
     # A cell may straddle patches: give each patch a slot for every cell it touches, the first at the same place.
     slots = 1 + max(
@@ -164,9 +190,9 @@ def _aligned(features: Tensor, weights: Tensor, axis: int, side: int, patches: i
     slot = patch * slots + pixel * cells // pixels - starts[patch]
     shape = list(weights.shape)
     shape[axis] = patches * slots
-    weights = weights.new_zeros(shape).index_add_(axis, slot, weights)
+    placed = features.new_zeros(shape).index_add_(axis, slot, weights.to(features.dtype))
     cell = (starts[:, None] + torch.arange(slots, device=features.device)).clamp(max=cells - 1).flatten()
-    return features.index_select(axis, cell), weights
+    return features.index_select(axis, cell), placed
 
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:

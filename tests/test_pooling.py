@@ -10,12 +10,14 @@ from strategies import features_for, masks
 from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
 
+OTHER_DEVICES = {"by product": pooling._sums_by_product, "by fusion": pooling._sums_by_fusion}
 
-@pytest.fixture(params=["as chosen", "pixel by pixel", "never pixel by pixel", "by product"])
+
+@pytest.fixture(params=["as chosen", "pixel by pixel", "never pixel by pixel", *OTHER_DEVICES])
 def way(request, monkeypatch):
-    """Every way of summing that the masks may choose on the CPU, and the one of other devices."""
-    if request.param == "by product":
-        monkeypatch.setattr(pooling, "_sums_by_density", pooling._sums_by_product)
+    """Every way of summing that the masks may choose on the CPU, and those of other devices, eager and compiled."""
+    if request.param in OTHER_DEVICES:
+        monkeypatch.setattr(pooling, "_sums_by_density", OTHER_DEVICES[request.param])
     elif request.param != "as chosen":
         monkeypatch.setattr(pooling, "SPARSE", 1 if request.param == "pixel by pixel" else -1)
 

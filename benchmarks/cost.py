@@ -1,15 +1,17 @@
-"""What a training step costs: its seconds, the share that the loss takes of it, and its peak memory."""
+"""What work costs: its seconds, alone and beside other work, the loss's share of a training step, and memory."""
 
 import functools
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from contrastive_exudate_loss import FeatureTap
 
@@ -33,20 +35,94 @@ class Quartiles(NamedTuple):
 
 def quartiles(seconds: Sequence[float]) -> Quartiles:
     """Median and quartiles of the times after the warm-up; a single time is all three."""
-    counted = seconds[min(WARM_UP, len(seconds) - 1) :]
-    if len(counted) == 1:
-        return Quartiles(counted[0], counted[0], counted[0])
-    lower, median, upper = statistics.quantiles(counted, method="inclusive")
+    return spread(seconds[min(WARM_UP, len(seconds) - 1) :])
+
+
+def spread(values: Sequence[float]) -> Quartiles:
+    """Median and quartiles of some values; a single value is all three."""
+    if len(values) == 1:
+        return Quartiles(values[0], values[0], values[0])
+    lower, median, upper = statistics.quantiles(values, method="inclusive")
     return Quartiles(median, lower, upper)
 
 
 def timed(device: torch.device, work: Callable[..., Result], *arguments: Tensor) -> tuple[Result, float]:
-    """What work(*arguments) returns, and its wall-clock seconds, waiting for the device before and after."""
-    _wait(device)
-    start = time.perf_counter()
+    """What work(*arguments) returns, and its seconds from an idle device to an idle device.
+
+    By the wall clock, or on CUDA by the device's own events.
+    """
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        return work(*arguments), time.perf_counter() - begin
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
     result = work(*arguments)
-    _wait(device)
-    return result, time.perf_counter() - start
+    stop.record()
+    torch.cuda.synchronize(device)
+    return result, start.elapsed_time(stop) / 1000
+
+
+def side_by_side(
+    device: torch.device, works: Mapping[str, Callable[[], object]], budget: float, least: int = 3, most: int = 15
+) -> dict[str, list[float]]:
+    """Seconds of each of some works, done in turn, round after round.
+
+    What slows the machine for a while slows all works of a round, so ratios within rounds are steadier than ratios of
+    medians.
+
+    Args:
+        device: on which they run.
+        works: by name; each is done once to warm up, or twice if there is time.
+        budget: seconds after which no further round begins.
+        least: rounds that are done whatever they take.
+        most: rounds at most.
+
+    Returns:
+        The seconds of each work, in the order of the rounds, the warm-up left out.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    begin = time.perf_counter()
+    for _ in range(2):
+        for work in works.values():
+            timed(device, work)
+        if time.perf_counter() - begin > budget / 4:
+            break
+    for count in range(most):
+        if count >= least and time.perf_counter() - begin > budget:
+            break
+        for name, work in works.items():
+            seconds[name].append(timed(device, work)[1])
+    return seconds
+
+
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> Quartiles:
+    """Median and quartiles of the ratios of two works' seconds, round by round."""
+    return spread([one / other for one, other in zip(seconds, others, strict=True)])
+
+
+def extra_memory(device: torch.device, work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that PyTorch allocated during the work beyond what was there before: the peak, and what its result keeps.
+
+    The work is done once before, since a first time allocates what stays.
+    """
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        kept = torch.cuda.memory_allocated(device) - before
+        del result
+        return torch.cuda.max_memory_allocated(device) - before, kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    del result
+    # The profiler's own list of events sums memory up by operator; the order of what was allocated and freed is here.
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    levels = list(itertools.accumulate((size for _, size in changes), initial=0))
+    return max(levels), levels[-1]
 
 
 def loss_share(
@@ -115,8 +191,3 @@ class PeakMemory:
 
 def _forward_and_backward(criterion: Callable[..., Tensor], *arguments: Tensor) -> None:
     criterion(*arguments).backward()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

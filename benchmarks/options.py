@@ -1,4 +1,4 @@
-"""The command line of train.py, checked."""
+"""The command lines of the benchmarks, checked."""
 
 import argparse
 import math
@@ -38,49 +38,8 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
     return options
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="PATH", help="IDRiD's folder (default: draw photographs)")
-    data.add_argument("--lesion", choices=sorted(LESIONS), help="which mask of --data to learn (default: EX)")
-    data.add_argument(
-        "--size", type=_integer(32), metavar="PIXELS", help="reduce the short side of --data's to this (default: 512)"
-    )
-
-
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_integer(1), default=300, help="training steps (default: %(default)s)")
-    training.add_argument("--batch", type=_integer(1), default=8, help="crops in a step (default: %(default)s)")
-    training.add_argument(
-        "--crop",
-        type=_integer(16, multiple_of=STRIDE),
-        default=128,
-        metavar="PIXELS",
-        help=f"side of a crop, a multiple of {STRIDE} (default: %(default)s)",
-    )
-    training.add_argument(
-        "--seed", type=_integer(0), default=0, help="of weights, crops and drawings (default: %(default)s)"
-    )
-    training.add_argument(
-        "--device", type=_device, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--alpha", type=_weight, default=0.02, help="weight of the density term (default: %(default)s)")
-    loss.add_argument("--beta", type=_weight, default=0.1, help="weight of the edge term (default: %(default)s)")
-    loss.add_argument(
-        "--patch-size", type=_integer(1), default=16, metavar="PIXELS", help="side of a patch (default: %(default)s)"
-    )
-
-
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=_picture_file, default="train.png", metavar="PNG", help="picture (default: %(default)s)"
-    )
-    output.add_argument("--json", type=_file, metavar="FILE", help="file for the figures (default: none)")
-
-
-def _integer(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
+def whole_number(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
+    """Reads an integer >= minimum for argparse."""
     expected = f"an integer >= {minimum}" + (f" and a multiple of {multiple_of}" if multiple_of > 1 else "")
 
     def integer(text: str) -> int:
@@ -92,17 +51,8 @@ def _integer(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
     return integer
 
 
-def _weight(text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
-    return weight
-
-
-def _device(text: str) -> torch.device:
+def device(text: str) -> torch.device:
+    """Reads a device for argparse; auto is CUDA where there is one."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
@@ -111,14 +61,75 @@ def _device(text: str) -> torch.device:
     return torch.device(text)
 
 
-def _file(text: str) -> Path:
+def writable_file(text: str) -> Path:
+    """Reads the path of a file to write for argparse."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written to, got {text!r}")
     return path
 
 
-def _picture_file(text: str) -> Path:
+def picture_file(text: str) -> Path:
+    """Reads the path of a PNG to write for argparse."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    return _file(text)
+    return writable_file(text)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="PATH", help="IDRiD's folder (default: draw photographs)")
+    data.add_argument("--lesion", choices=sorted(LESIONS), help="which mask of --data to learn (default: EX)")
+    data.add_argument(
+        "--size",
+        type=whole_number(32),
+        metavar="PIXELS",
+        help="reduce the short side of --data's to this (default: 512)",
+    )
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=whole_number(1), default=300, help="training steps (default: %(default)s)")
+    training.add_argument("--batch", type=whole_number(1), default=8, help="crops in a step (default: %(default)s)")
+    training.add_argument(
+        "--crop",
+        type=whole_number(16, multiple_of=STRIDE),
+        default=128,
+        metavar="PIXELS",
+        help=f"side of a crop, a multiple of {STRIDE} (default: %(default)s)",
+    )
+    training.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of weights, crops and drawings (default: %(default)s)"
+    )
+    training.add_argument(
+        "--device", type=device, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--alpha", type=_weight, default=0.02, help="weight of the density term (default: %(default)s)")
+    loss.add_argument("--beta", type=_weight, default=0.1, help="weight of the edge term (default: %(default)s)")
+    loss.add_argument(
+        "--patch-size",
+        type=whole_number(1),
+        default=16,
+        metavar="PIXELS",
+        help="side of a patch (default: %(default)s)",
+    )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=picture_file, default="train.png", metavar="PNG", help="picture (default: %(default)s)"
+    )
+    output.add_argument("--json", type=writable_file, metavar="FILE", help="file for the figures (default: none)")
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
+    return weight

@@ -1,19 +1,15 @@
 """The figures of the two trainings, as a table to print and as a dictionary to write as JSON."""
 
 import argparse
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import segmentation_models_pytorch as smp
 import torch
-import torchmetrics
 from cost import Quartiles
+from machine import environment
 from samples import Sample
 from scores import Scores, average_precision_thresholds
-
-import contrastive_exudate_loss
 
 CURVE_EVERY = 10
 
@@ -59,7 +55,7 @@ def figures(options: argparse.Namespace, data: Data, arms: Mapping[str, Arm]) ->
     """All that was measured, and what it was measured with, ready for JSON."""
     return {
         "configuration": {name: _plain(value) for name, value in vars(options).items()},
-        "environment": _environment(options.device),
+        "environment": environment(options.device),
         "training": _described(data.train),
         "held_out": _described(data.held_out),
         "average_precision": _average_precision(data),
@@ -90,28 +86,6 @@ def _described(samples: Sequence[Sample]) -> dict[str, Any]:
         "images_with_lesion": sum(bool(sample.lesion.any()) for sample in samples),
         "lesion_share": lesion / pixels,
     }
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "segmentation_models_pytorch": smp.__version__,
-        "torchmetrics": torchmetrics.__version__,
-        "contrastive_exudate_loss": contrastive_exudate_loss.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _plain(value: object) -> object:

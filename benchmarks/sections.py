@@ -1,0 +1,451 @@
+"""The questions that run.py measures an answer to, each a list of rows."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
+from cost import extra_memory, ratio, side_by_side, spread
+from machine import free_memory
+from pytorch_metric_learning.losses import NTXentLoss
+from torch import Tensor, nn
+from workloads import Batch, drawn_batch, pixels_as_patches
+
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    FeatureTap,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+)
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from reference import published_loop
+
+Row = dict[str, Any]
+Tick = Callable[[str], None]
+PRECISIONS = ("float32", "autocast")
+# A threshold with which "above" means "at least 0.3".
+ALMOST_0_3 = math.nextafter(0.3, 0)
+
+
+class Setting(NamedTuple):
+    """How much to measure.
+
+    device: on which.
+    seed: of data and weights.
+    budget: seconds after which no further round of a group begins.
+    image: height and width in pixels, for overhead and otherwise.
+    channels: of the features, likewise.
+    loop_side: side of the images for the published code's manner, a multiple of 5.
+    encoders: of the networks for training_step.
+    training: images in a batch and their side, for training_step and inference.
+    growth: the sizes to vary, and their values.
+    growth_side: side of the images while another size grows.
+    embeddings: M of the contrast alone.
+    compiled: the losses to compile.
+    """
+
+    device: torch.device
+    seed: int
+    budget: float
+    image: tuple[int, int]
+    channels: int
+    loop_side: int
+    encoders: tuple[str, ...]
+    training: tuple[int, int]
+    growth: Mapping[str, tuple[Any, ...]]
+    growth_side: int
+    embeddings: tuple[int, ...]
+    compiled: tuple[str, ...]
+
+
+def full(device: torch.device, seed: int) -> Setting:
+    """The sizes of a paper's experiment, up to a native photograph."""
+    return Setting(
+        device,
+        seed,
+        budget=20.0,
+        image=(512, 512),
+        channels=32,
+        loop_side=510,
+        encoders=("resnet18", "resnet50"),
+        training=(6, 256),
+        growth={
+            "side": ((256, 256), (512, 512), (1024, 1024), (2048, 2048), (2848, 4288)),
+            "channels": (8, 16, 32, 64, 128),
+            "batch": (1, 2, 4, 8, 16),
+            "patch_size": (64, 32, 16, 8),
+            "area": (0.0, 0.01, 0.1, 1.0),
+            "stride": (1, 4, 8),
+        },
+        growth_side=512,
+        embeddings=(16, 32, 64, 128, 256, 1024, 4096, 8192, 16384, 47704),
+        compiled=("BCE", "density", "edge", "combined"),
+    )
+
+
+def quick(device: torch.device, seed: int) -> Setting:
+    """Small sizes, to see in a minute that all of it works."""
+    return full(device, seed)._replace(
+        budget=0.3,
+        image=(128, 128),
+        channels=8,
+        loop_side=60,
+        encoders=("resnet18",),
+        training=(2, 64),
+        growth={
+            "side": ((64, 64), (128, 128), (178, 268)),
+            "channels": (4, 8),
+            "batch": (1, 2),
+            "patch_size": (32, 16),
+            "area": (0.0, 0.01, 0.1, 1.0),
+            "stride": (1, 4),
+        },
+        growth_side=128,
+        embeddings=(16, 32, 64, 1024),
+        compiled=("combined",),
+    )
+
+
+def overhead(setting: Setting, tick: Tick) -> list[Row]:
+    """Each loss, eager and compiled, in float32 and under autocast, against plain BCE and against the floor."""
+    rows = []
+    for precision in PRECISIONS:
+        half = precision == "autocast"
+        dtype = torch.bfloat16 if half else torch.float32
+        batch = drawn_batch(setting.image, setting.device, channels=setting.channels, dtype=dtype, seed=setting.seed)
+        patches = len(batch.target) * math.prod(-(-side // PATCH) for side in setting.image)
+        cross_entropy = _step(nn.BCEWithLogitsLoss(), batch[:2], half)
+        works = {("floor", "eager"): floor(cross_entropy, batch.features, [patches, band_count(batch.target)])}
+        failures = {}
+        for mode in ("eager", "compiled"):
+            for name, criterion, inputs in _losses(batch):
+                if mode == "compiled" and name not in setting.compiled:
+                    continue
+                tick(f"{name}, {mode}, {precision}")
+                work = _step(criterion if mode == "eager" else torch.compile(criterion, fullgraph=True), inputs, half)
+                try:
+                    work()
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    failures[name, mode] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                else:
+                    works[name, mode] = work
+        tick(f"side by side, {precision}")
+        seconds = _seconds(setting, works)
+        for (name, mode), work in works.items():
+            tick(f"memory, {name}, {mode}, {precision}")
+            rows.append(
+                {
+                    "work": name,
+                    "mode": mode,
+                    "precision": precision,
+                    "seconds": _spread(seconds[name, mode]),
+                    "to_bce": _ratio(seconds[name, mode], seconds["BCE", "eager"]),
+                    "to_floor": _ratio(seconds[name, mode], seconds["floor", "eager"]),
+                }
+                | (_memory(setting.device, work, batch.features, name != "BCE") if name != "floor" else {})
+            )
+        rows += [{"work": n, "mode": m, "precision": precision, "failure": text} for (n, m), text in failures.items()]
+        torch.compiler.reset()
+    return rows
+
+
+def otherwise(setting: Setting, tick: Tick) -> list[Row]:
+    """The losses against what one would otherwise run: the published code's manner, and multiplying and pooling."""
+    rows = []
+    size = (setting.loop_side, setting.loop_side)
+    batch = drawn_batch(size, setting.device, area=0.02, seed=setting.seed)
+    tick("the published code's manner")
+    works = {
+        "combined, published configuration": _step(published_configuration(), batch),
+        "the same, patch by patch in Python": _step(_published, batch),
+    }
+    rows += _compared(setting, works, batch)
+    batch = drawn_batch(setting.image, setting.device, channels=setting.channels, seed=setting.seed)
+    tick("multiply and pool")
+    works = {
+        "combined, defaults": _step(CombinedExudateLoss(), batch),
+        "the same, multiplied and pooled": _step(_plain, batch),
+    }
+    return rows + _compared(setting, works, batch)
+
+
+def published_configuration() -> CombinedExudateLoss:
+    """The authors' published code in public options."""
+    return CombinedExudateLoss(
+        0.01,
+        0.01,
+        density=PatchDensityContrastLoss(num_patches=5, threshold=ALMOST_0_3, select=3),
+        edge=PatchEdgeContrastLoss(
+            num_patches=5,
+            inner_radius=(1, 2),
+            outer_radius=(5, 2),
+            footprint="cross",
+            isolate_patches=True,
+            scope="image",
+            density_threshold=ALMOST_0_3,
+        ),
+    )
+
+
+def inference(setting: Setting, tick: Tick) -> list[Row]:
+    """A forward pass in eval mode and without gradients, with and without a tap on the model."""
+    images = torch.rand(setting.training[0], 3, setting.training[1], setting.training[1], device=setting.device)
+    works = {}
+    for name in ("without a tap", "with a tap"):
+        model = _network("resnet18", setting).eval()
+        if name == "with a tap":
+            FeatureTap(model, layer="segmentation_head.0")
+        works[name] = _without_gradients(model, images)
+    tick("inference")
+    seconds = _seconds(setting, works)
+    rows = []
+    for name, work in works.items():
+        peak, kept = extra_memory(setting.device, work)
+        rows.append(
+            {
+                "work": name,
+                "seconds": _spread(seconds[name]),
+                "to_untapped": _ratio(seconds[name], seconds["without a tap"]),
+                "extra_memory_bytes": peak,
+                "kept_bytes": kept,
+            }
+        )
+    return rows
+
+
+def training_step(setting: Setting, tick: Tick) -> list[Row]:
+    """A whole training step with BCE and with the combined loss, and the loss alone on detached outputs."""
+    rows = []
+    for encoder in setting.encoders:
+        tick(f"training step, {encoder}")
+        images, target = _images(setting)
+        plain, tapped = (_network(encoder, setting) for _ in range(2))
+        tap = FeatureTap(tapped)
+        criterion = CombinedExudateLoss(features=tap)
+        works = {
+            "step, BCE": _training(plain, nn.BCEWithLogitsLoss(), images, target),
+            "step, combined": _training(tapped, criterion, images, target),
+        }
+        logits = tapped(images).detach().requires_grad_()
+        batch = Batch(logits, target, tap.take().detach().requires_grad_())
+        works |= {
+            "BCE alone": _step(F.binary_cross_entropy_with_logits, batch[:2]),
+            "combined alone": _step(CombinedExudateLoss(), batch),
+        }
+        seconds = _seconds(setting, works)
+        for name in works:
+            rows.append(
+                {
+                    "model": f"Unet, {encoder}",
+                    "work": name,
+                    "seconds": _spread(seconds[name]),
+                    "share_of_step": _ratio(seconds[name], seconds["step, combined"]),
+                }
+            )
+    return rows
+
+
+def growth(setting: Setting, tick: Tick) -> list[Row]:
+    """How the combined loss grows, one size at a time, beside BCE on the same logits."""
+    rows = []
+    side = setting.growth_side
+    for axis, values in setting.growth.items():
+        for value in values:
+            tick(f"growth, {axis} {value}")
+            # A whole photograph is large: sides are measured one image at a time.
+            images = 1 if axis == "side" else value if axis == "batch" else 4
+            batch = drawn_batch(
+                value if axis == "side" else (side, side),
+                setting.device,
+                images=images,
+                channels=value if axis == "channels" else 16,
+                stride=value if axis == "stride" else 1,
+                area=value if axis == "area" else 0.01,
+                seed=setting.seed,
+            )
+            patch = value if axis == "patch_size" else PATCH
+            criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(patch), edge=PatchEdgeContrastLoss(patch))
+            works = {
+                "combined": _step(criterion, batch),
+                "BCE": _step(F.binary_cross_entropy_with_logits, batch[:2]),
+            }
+            seconds = _seconds(setting, works)
+            rows.append(
+                {
+                    "axis": axis,
+                    "value": list(value) if axis == "side" else value,
+                    "patches": images * math.prod(-(-n // patch) for n in batch.target.shape[2:]),
+                    "seconds": _spread(seconds["combined"]),
+                    "bce_seconds": _spread(seconds["BCE"]),
+                    "to_bce": _ratio(seconds["combined"], seconds["BCE"]),
+                }
+                | _memory(setting.device, works["combined"], batch.features, True)
+            )
+    return rows
+
+
+def contrast(setting: Setting, tick: Tick) -> list[Row]:
+    """The contrast alone, by this package, with the M x M matrix stored, and by pytorch-metric-learning."""
+    rows = []
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "density term, patches of one pixel": PatchDensityContrastLoss(1),
+        "M x M matrix stored": _plain_on_pixels,
+        "pytorch-metric-learning": _library_on_pixels,
+    }
+    peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in ways}
+    stopped: set[str] = set()
+    for count in setting.embeddings:
+        batch = pixels_as_patches(count, 16, 0.1, setting.device, setting.seed)
+        works = {}
+        for name, criterion in ways.items():
+            tick(f"contrast of {count}, {name}")
+            needed = _foreseen(peaks[name], count)
+            if name in stopped or needed > free_memory(setting.device) / 4:
+                if name not in stopped:
+                    rows.append({"work": name, "embeddings": count, "needed_bytes": needed})
+                stopped.add(name)
+                continue
+            works[name] = _step(criterion, (batch.features, batch.target))
+        for name, work in works.items():
+            peaks[name].append((count, extra_memory(setting.device, work)[0]))
+        seconds = _seconds(setting, works)
+        for name in works:
+            rows.append(
+                {
+                    "work": name,
+                    "embeddings": count,
+                    "seconds": _spread(seconds[name]),
+                    "to_ours": _ratio(seconds[name], next(iter(seconds.values()))),
+                    "extra_memory_bytes": peaks[name][-1][1],
+                }
+            )
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Setting, Tick], list[Row]]] = {
+    "overhead": overhead,
+    "otherwise": otherwise,
+    "training_step": training_step,
+    "inference": inference,
+    "contrast": contrast,
+    "growth": growth,
+}
+
+
+def _losses(batch: Batch) -> Iterator[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]]:
+    yield "BCE", nn.BCEWithLogitsLoss(), batch[:2]
+    yield "density", PatchDensityContrastLoss(), (batch.features, batch.target)
+    yield "edge", PatchEdgeContrastLoss(), (batch.features, batch.target)
+    yield "combined", CombinedExudateLoss(), batch
+
+
+def _step(criterion: Callable[..., Tensor], inputs: Iterable[Tensor], half: bool = False) -> Callable[[], object]:
+    given = tuple(inputs)
+
+    def work() -> tuple[Tensor, ...]:
+        autocast = torch.autocast(given[0].device.type, torch.bfloat16) if half else contextlib.nullcontext()
+        with autocast:
+            loss = criterion(*given)
+        return torch.autograd.grad(loss, [tensor for tensor in given if tensor.requires_grad])
+
+    return work
+
+
+def _spread(values: Sequence[float]) -> Row:
+    return spread(values)._asdict()
+
+
+def _ratio(values: Sequence[float], others: Sequence[float]) -> Row:
+    return ratio(values, others)._asdict()
+
+
+def _seconds(setting: Setting, works: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    return side_by_side(setting.device, works, setting.budget)
+
+
+def _memory(device: torch.device, work: Callable[[], object], features: Tensor, used: bool) -> Row:
+    """Peak beyond the features' gradient, in bytes and as a share of the features."""
+    extra = extra_memory(device, work)[0] - (features.nbytes if used else 0)
+    return {"extra_memory_bytes": extra, "extra_memory_to_features": extra / features.nbytes}
+
+
+def _compared(setting: Setting, works: Mapping[str, Callable[[], object]], batch: Batch) -> list[Row]:
+    seconds = _seconds(setting, works)
+    first = next(iter(works))
+    return [
+        {"work": name, "shape": list(batch.features.shape), "seconds": _spread(seconds[name])}
+        | {"to_ours": _ratio(seconds[name], seconds[first])}
+        | _memory(setting.device, work, batch.features, True)
+        for name, work in works.items()
+    ]
+
+
+def _published(logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
+    edge, density = published_loop(features, target)
+    total: Tensor = F.binary_cross_entropy_with_logits(logits, target) + 0.01 * (edge + density)
+    return total
+
+
+def _plain(logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
+    density, edge = plain_terms(features, target)
+    return F.binary_cross_entropy_with_logits(logits, target) + 0.02 * density + 0.1 * edge
+
+
+def _plain_on_pixels(features: Tensor, target: Tensor) -> Tensor:
+    return plain_contrast(features.flatten(2)[0].T, target.flatten() > 0)
+
+
+def _library_on_pixels(features: Tensor, target: Tensor) -> Tensor:
+    loss: Tensor = NTXentLoss(temperature=TEMPERATURE)(features.flatten(2)[0].T, target.flatten().long())
+    return loss
+
+
+def _foreseen(peaks: list[tuple[int, int]], count: int) -> int:
+    """Bytes that a contrast of count embeddings will need, on the power law through the last two."""
+    if len(peaks) < 2:
+        return 0
+    (m, before), (n, last) = peaks[-2:]
+    power = math.log(max(last, 1) / max(before, 1)) / math.log(n / m)
+    return int(last * (count / n) ** power)
+
+
+def _network(encoder: str, setting: Setting) -> nn.Module:
+    torch.manual_seed(setting.seed)
+    model: nn.Module = smp.Unet(encoder, encoder_weights=None, classes=1)
+    return model.to(setting.device)
+
+
+def _images(setting: Setting) -> tuple[Tensor, Tensor]:
+    count, side = setting.training
+    target = drawn_batch((side, side), setting.device, images=count, channels=2, seed=setting.seed).target
+    generator = torch.Generator().manual_seed(setting.seed)
+    return torch.rand((count, 3, side, side), generator=generator).to(setting.device), target
+
+
+def _training(
+    model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], images: Tensor, target: Tensor
+) -> Callable[[], object]:
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def work() -> None:
+        optimizer.zero_grad()
+        criterion(model(images), target).backward()
+        optimizer.step()
+
+    return work
+
+
+def _without_gradients(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    def work() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(images)
+        return logits
+
+    return work

@@ -5,6 +5,7 @@ has only to scale it. Reference: Khosla et al. 2020 (arXiv 2004.11362); Tang et 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,32 +129,90 @@ def _(
 def _by_label(
     z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Positives and negatives of each label apart, as contiguous tiles; sizes depend on the data."""
+    """Every pair once, those of equal and of different labels in tiles apart; sizes depend on the data."""
     groups = [label.nonzero().squeeze(1) for label in (ones, zeros)]
     terms = sum(len(n) * (len(n) - 1) if contrast == "nt_xent" else len(n) * (len(n) > 1) for n in groups)
     loss = z.new_zeros(())
     gradient = torch.zeros_like(z) if with_gradient else z.new_empty(0)
     if terms == 0 or min(map(len, groups)) == 0:
         return loss, gradient
-    rows = max(1, TILE // sum(map(len, groups)))
-    for same, other in (groups, groups[::-1]):
-        anchors, negatives = z[same], z[other]
-        # Dividing the vectors, not their products, saves a pass over every tile.
-        columns, other_columns = (anchors / temperature).T, (negatives / temperature).T
-        d_anchors, d_negatives = torch.zeros_like(anchors), torch.zeros_like(negatives)
-        for start in range(0, len(same), rows):
-            row = slice(start, start + rows)
-            pos, neg = anchors[row] @ columns, anchors[row] @ other_columns
-            pos.diagonal(start).fill_(math.inf)
-            loss += _ROWS[contrast](pos, neg).sum()
-            if with_gradient:
-                d_anchors[row].addmm_(pos, anchors).addmm_(neg, negatives)
-                d_anchors.addmm_(pos.T, anchors[row])
-                d_negatives.addmm_(neg.T, anchors[row])
-        if with_gradient:
-            gradient[same] += d_anchors
-            gradient[other] += d_negatives
+    vectors = [z[group] for group in groups]
+    lse = _logsumexps(vectors, temperature, with_positives=contrast == "sup_con")
+    derivatives = [torch.zeros_like(vector) for vector in vectors]
+    weights = []
+    for vector, own_lse, derivative in zip(vectors, lse, derivatives, strict=True):
+        # What an anchor's negatives weigh: their shares of its lse times the sum of -derivatives of its pairs.
+        weight = torch.zeros_like(own_lse)
+        for row, column, tile in _pairs(vector, temperature, fill=math.inf):
+            loss += _PAIRS[contrast](tile, own_lse[row], own_lse[column], weight[row], weight[column], len(vector))
+            derivative[row].addmm_(tile, vector[column])
+            derivative[column].addmm_(tile.T, vector[row])
+        weights.append(weight)
+    if contrast == "sup_con":
+        weights = [torch.full_like(own, len(own) > 1) for own in lse]
+        loss += sum((weight * own_lse).sum() for weight, own_lse in zip(weights, lse, strict=True))
+    for row, tile in _negatives(vectors, temperature):
+        tile = (tile - lse[0][row, None]).exp_().mul_(weights[0][row, None]) + (tile - lse[1]).exp_().mul_(weights[1])
+        derivatives[0][row].addmm_(tile, vectors[1])
+        derivatives[1].addmm_(tile.T, vectors[0][row])
+    if with_gradient:
+        for group, derivative in zip(groups, derivatives, strict=True):
+            gradient[group] = derivative
     return loss / terms, gradient.div_(temperature * terms)
+
+
+def _pairs(vectors: Tensor, temperature: float, fill: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and similarities of tiles that hold each pair of different vectors once; the rest is filled."""
+    start, total = 0, len(vectors)
+    columns = vectors / temperature  # dividing the products would be another pass over every tile
+    while start < total - 1:
+        row, column = slice(start, start + max(1, TILE // (total - start))), slice(start, None)
+        tile = vectors[row] @ columns[column].T
+        square = tile[:, : len(tile)]
+        square.masked_fill_(torch.ones_like(square, dtype=torch.bool).tril_(), fill)
+        yield row, column, tile
+        start = row.stop
+
+
+def _negatives(vectors: Sequence[Tensor], temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the first vectors, and their similarities with all the others."""
+    rows = max(1, TILE // len(vectors[1]))
+    columns = (vectors[1] / temperature).T
+    for start in range(0, len(vectors[0]), rows):
+        row = slice(start, start + rows)
+        yield row, vectors[0][row] @ columns
+
+
+def _logsumexps(vectors: Sequence[Tensor], temperature: float, *, with_positives: bool) -> list[Tensor]:
+    """Of each vector, over its similarities with those of the other label and, if asked, of its own."""
+    lse = [vector.new_full((len(vector),), -math.inf) for vector in vectors]
+    for row, tile in _negatives(vectors, temperature):
+        lse[0][row] = tile.logsumexp(1)
+        torch.logaddexp(lse[1], tile.logsumexp(0), out=lse[1])
+    for vector, own in zip(vectors, lse, strict=True) if with_positives else ():
+        for row, column, tile in _pairs(vector, temperature, fill=-math.inf):
+            torch.logaddexp(own[row], tile.logsumexp(1), out=own[row])
+            torch.logaddexp(own[column], tile.logsumexp(0), out=own[column])
+    return lse
+
+
+def _nt_xent_pairs(s: Tensor, lse: Tensor, other_lse: Tensor, weight: Tensor, other_weight: Tensor, _: int) -> Tensor:
+    """Loss of both orders of the pairs in a tile (inf: no pair), which becomes its gradient; adds up the weights."""
+    one, other = lse[:, None] - s, torch.sub(other_lse, s, out=s)
+    loss = _softplus_to_sigmoid_(one) + _softplus_to_sigmoid_(other)
+    weight += one.sum(1)
+    other_weight += other.sum(0)
+    other.add_(one).neg_()
+    return loss
+
+
+def _sup_con_pairs(s: Tensor, lse: Tensor, other_lse: Tensor, _: Tensor, __: Tensor, total: int) -> Tensor:
+    """-2 s / positives of the pairs in a tile (inf: no pair), which becomes the gradient of their anchors' losses."""
+    nothing = s == math.inf
+    share = 1 / (total - 1)
+    loss = -2 * share * s.masked_fill_(nothing, 0).sum()
+    s.copy_((s - lse[:, None]).exp_() + (s - other_lse).exp_() - 2 * share).masked_fill_(nothing, 0)
+    return loss
 
 
 def _by_mask(
@@ -174,7 +233,7 @@ def _by_mask(
         negative = (ones[row, None] & zeros) | (zeros[row, None] & ones)
         tile = z[row] @ z.T / temperature
         pos, neg = tile.masked_fill(~positive, math.inf), tile.masked_fill(~negative, -math.inf)
-        loss += _ROWS[contrast](pos, neg).sum()
+        loss += _ROWS[contrast](pos, neg)
         if with_gradient:
             pos += neg
             d_z[row].addmm_(pos, z)
@@ -186,44 +245,45 @@ def _by_mask(
 
 
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
-    """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    """Sum over all pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)) = max(x, 0) - log(max(q, 1 - q)) with
-    # q = sigmoid(x), and its derivative by s is -q.
-    torch.sub(lse, pos, out=pos)
-    scratch = pos.clamp(min=0)
-    loss = scratch.sum(1)
-    pos.sigmoid_()
-    torch.maximum(pos, torch.sub(1, pos, out=scratch), out=scratch)
-    loss -= _sum_of_logs_(scratch)
+    loss = _softplus_to_sigmoid_(torch.sub(lse, pos, out=pos))
     neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
     pos.neg_()
     return loss
 
 
-def _sum_of_logs_(values: Tensor) -> Tensor:
-    """Sum over each row of the logarithms of values in [0.5, 1], which are overwritten.
+def _softplus_to_sigmoid_(x: Tensor) -> Tensor:
+    """Sum of log(1 + exp(x)), where x = lse - s makes it that of the nt_xent losses of pairs.
 
-    A logarithm costs a CPU as much as dozens of products, so up to 63 values are multiplied first: 2^-63 is far from
+    x becomes the derivative q = sigmoid(x), which gives the logarithm too: max(x, 0) - log(max(q, 1 - q)).
+    """
+    scratch = x.clamp(min=0)
+    loss = scratch.sum()
+    x.sigmoid_()
+    torch.maximum(x, torch.sub(1, x, out=scratch), out=scratch)
+    return loss - _sum_of_logs(scratch)
+
+
+def _sum_of_logs(values: Tensor) -> Tensor:
+    """Sum of the logarithms of values in [0.5, 1].
+
+    A logarithm costs a CPU as much as dozens of products, so 64 values are multiplied first: 2^-64 is far from
     underflow, and the product is as exact as its factors.
     """
-    for _ in range(5):
-        half = values.shape[1] // 2
-        if half:
-            last, odd = values[:, half : 2 * half], values[:, 2 * half :]
-            values = values[:, :half].mul_(last)
-            values[:, : odd.shape[1]].mul_(odd)
-    return values.log().sum(1)
+    flat = values.flatten()
+    whole = len(flat) // 64 * 64
+    return flat[:whole].view(64, -1).prod(0).log().sum() + flat[whole:].log().sum()
 
 
 def _sup_con_rows(pos: Tensor, neg: Tensor) -> Tensor:
-    """Each anchor's mean over its positives; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    """Sum over anchors of their means; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     paired = pos != math.inf
     n = paired.sum(1, keepdim=True).to(pos.dtype)
     anchor, share = n > 0, 1 / n.clamp(min=1)
     lse = _finite(torch.logaddexp(pos.masked_fill(~paired, -math.inf).logsumexp(1), neg.logsumexp(1)).unsqueeze(1))
     log_share = (pos - lse).masked_fill_(~paired, 0)
-    loss = -(log_share.sum(1, keepdim=True) * share).squeeze(1)
+    loss = -(log_share.sum(1, keepdim=True) * share).sum()
     pos.copy_(log_share.exp_().sub_(share).mul_(paired))
     neg.sub_(lse).exp_().mul_(anchor)
     return loss
@@ -235,3 +295,4 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 _ROWS = {"nt_xent": _nt_xent_rows, "sup_con": _sup_con_rows}
+_PAIRS = {"nt_xent": _nt_xent_pairs, "sup_con": _sup_con_pairs}

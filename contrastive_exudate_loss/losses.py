@@ -1,7 +1,7 @@
 """The three losses: check what comes in, compose the parts, weigh the terms."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,24 +32,20 @@ class _MaskLoss(nn.Module):
         self.ignore_index = ignore_index
         self._values_checked = False
 
-    def _check_values(self, target: Tensor) -> None:
-        """Check the target's values: on the CPU every time, elsewhere (it waits for the device) the first time."""
+    def _check_values(self, target: Tensor) -> bool:
+        """Check the target's values: on the CPU every time, elsewhere (it waits for the device) the first time.
+
+        Returns whether they were looked at.
+        """
         if torch.compiler.is_compiling() or target.device.type == "meta":
-            return
+            return False
         if target.device.type != "cpu" and self._values_checked:
-            return
+            return False
         if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
+            return False
         _checks.check_target_values(target, self.ignore_index)
         self._values_checked = True
-
-    def _lesion_and_valid(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
-        lesion = target != 0
-        if self.ignore_index is None or not _checks.holds(target.dtype, self.ignore_index):
-            return lesion, torch.ones_like(lesion)
-        valid = target != self.ignore_index
-        return lesion & valid, valid
+        return True
 
 
 class _PatchContrastLoss(_MaskLoss):
@@ -109,10 +105,6 @@ class _PatchContrastLoss(_MaskLoss):
 
     def _sides(self, target: Tensor) -> tuple[int, int]:
         return patch_sides(target.shape[2], target.shape[3], self.patch_size, self.num_patches)
-
-    def _fraction(self, lesion: Tensor, valid: Tensor) -> Tensor:
-        sides = self._sides(lesion)
-        return lesion_fraction(patch_counts(lesion, sides), patch_counts(valid, sides))
 
     def _class_mean(
         self,
@@ -203,8 +195,8 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         self.select = select
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
-        lesion, valid = self._lesion_and_valid(target)
-        return valid, self._fraction(lesion, valid)
+        valid, fraction = _opaque(_density_masks, target)(target, self._sides(target), self.ignore_index)
+        return valid, fraction
 
     def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
         # (B, K, gh, gw) to (K, M)
@@ -298,37 +290,10 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         self.density_threshold = density_threshold
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
-        lesion, valid = self._lesion_and_valid(target)
-        background = outside = valid & ~lesion
-        sides, size = self._sides(target), (target.shape[2], target.shape[3])
-        dense = None
-        if self.density_threshold is not None:
-            dense = (self._fraction(lesion, valid) > self.density_threshold).to(target.device)
-            dense = dense[..., None, None] if self.isolate_patches else at_pixels(dense, sides, size)
-        if self.isolate_patches:
-            lesion = cut_patches(lesion, sides, fill=False, margin=1)
-            outside = cut_patches(background, sides, fill=True, margin=1)
-            background = cut_patches(background, sides, fill=False, margin=1)
-            outside = outside & background.any(-1).any(-1)[..., None, None]
-        inner = self._band(inner_contour, lesion, outside, self.inner_radius, dense)
-        outer = self._band(outer_contour, lesion, background, self.outer_radius, dense)
-        if self.isolate_patches:
-            inner, outer = (paste_patches(band, size, margin=1) for band in (inner, outer))
-        return (_side_by_side(inner, outer),)
-
-    def _band(
-        self,
-        contour: Callable[[Tensor, Tensor, int, str], Tensor],
-        lesion: Tensor,
-        background: Tensor,
-        radius: int | tuple[int, int],
-        dense: Tensor | None,
-    ) -> Tensor:
-        in_sparse, in_dense = (radius, radius) if isinstance(radius, int) else radius
-        band = contour(lesion, background, in_sparse, self.footprint)
-        if dense is None or in_sparse == in_dense:
-            return band
-        return torch.where(dense, contour(lesion, background, in_dense, self.footprint), band)
+        radii = [[r, r] if isinstance(r, int) else list(r) for r in (self.inner_radius, self.outer_radius)]
+        options = *radii, self.footprint, self.isolate_patches, self.density_threshold, self.ignore_index
+        bands: Tensor = _opaque(_edge_masks, target)(target, self._sides(target), *options)
+        return (bands,)
 
     def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
         if self.scope == "image":
@@ -486,10 +451,11 @@ class CombinedExudateLoss(_MaskLoss):
     def _supervised(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.supervised is None:
             logits, target = _plain(logits), _plain(target)
-            self._check_values(target)
+            unknown = not self._check_values(target) and target.dtype != torch.bool
+            if unknown and not _ignores(target, self.ignore_index):
+                target = target.clamp(0, 1)
             with _full_precision(target.device):
-                lesion, valid = self._lesion_and_valid(target)
-                return _binary_cross_entropy(logits, lesion, None if self.ignore_index is None else valid)
+                return _binary_cross_entropy(logits, target, self.ignore_index)
         loss = self.supervised(logits, target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
@@ -514,7 +480,8 @@ class CombinedExudateLoss(_MaskLoss):
         with _full_precision(target.device):
             whole, *fraction = density._masks(target)
             (bands,) = edge._masks(target)
-            sums, counts = masked_sums(features, _side_by_side(whole, bands), edge._sides(target))
+            masks = _opaque(_side_by_side, target)([whole, bands])
+            sums, counts = masked_sums(features, masks, edge._sides(target))
             k = target.shape[1]
             return (
                 density._contrast(sums[:, :k], counts[:, :k], *fraction),
@@ -537,20 +504,77 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
     return features
 
 
-def _side_by_side(*masks: Tensor) -> Tensor:
-    """Masks (B, K, H, W) joined along K; as (B, K, H W), of whose memory format the compiler has no doubts."""
-    return torch.cat([mask.flatten(2) for mask in masks], 1).reshape(len(masks[0]), -1, *masks[0].shape[2:])
-
-
-def _binary_cross_entropy(logits: Tensor, lesion: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the valid pixels (None: all) of the cross-entropy with logits, in float32 at least."""
+def _binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """Mean over the valid pixels of the cross-entropy with logits, in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if valid is None:
-        return F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype))
+    if not _ignores(target, ignore_index):
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+    lesion, valid = _lesion_and_valid(target, ignore_index)
     # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
     logits = logits.masked_fill(~valid, 0)
-    total = F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype), valid.to(logits.dtype), reduction="sum")
+    total = F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype), valid, reduction="sum")
     return total / valid.sum().clamp(min=1)
+
+
+def _ignores(target: Tensor, ignore_index: int | None) -> bool:
+    return ignore_index is not None and _checks.holds(target.dtype, ignore_index)
+
+
+def _lesion_and_valid(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
+    lesion = target != 0
+    if ignore_index is None or not _ignores(target, ignore_index):
+        return lesion, torch.ones_like(lesion)
+    valid = target != ignore_index
+    return lesion & valid, valid
+
+
+def _fraction(lesion: Tensor, valid: Tensor, sides: Sequence[int]) -> Tensor:
+    height, width = sides
+    return lesion_fraction(patch_counts(lesion, (height, width)), patch_counts(valid, (height, width)))
+
+
+def _density_masks(target: Tensor, sides: Sequence[int], ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Valid pixels, (B, K, H, W) bool, and the patches' lesion fractions, (B, K, gh, gw) float64."""
+    lesion, valid = _lesion_and_valid(target, ignore_index)
+    return valid, _fraction(lesion, valid, sides)
+
+
+def _edge_masks(
+    target: Tensor,
+    sides: Sequence[int],
+    inner_radius: Sequence[int],
+    outer_radius: Sequence[int],
+    footprint: str,
+    isolate_patches: bool,
+    density_threshold: float | None,
+    ignore_index: int | None,
+) -> Tensor:
+    """The inner bands of the K classes, then the outer ones, (B, 2 K, H, W) bool; radii are (sparse, dense)."""
+    lesion, valid = _lesion_and_valid(target, ignore_index)
+    background = outside = valid & ~lesion
+    size, patch = (target.shape[2], target.shape[3]), (sides[0], sides[1])
+    dense = None
+    if density_threshold is not None:
+        dense = (_fraction(lesion, valid, sides) > density_threshold).to(target.device)
+        dense = dense[..., None, None] if isolate_patches else at_pixels(dense, patch, size)
+    if isolate_patches:
+        lesion = cut_patches(lesion, patch, fill=False, margin=1)
+        outside = cut_patches(background, patch, fill=True, margin=1)
+        background = cut_patches(background, patch, fill=False, margin=1)
+        outside = outside & background.any(-1).any(-1)[..., None, None]
+    bands = []
+    for contour, other, radii in ((inner_contour, outside, inner_radius), (outer_contour, background, outer_radius)):
+        band = contour(lesion, other, radii[0], footprint)
+        if dense is not None and radii[0] != radii[1]:
+            band = torch.where(dense, contour(lesion, other, radii[1], footprint), band)
+        bands.append(paste_patches(band, size, margin=1) if isolate_patches else band)
+    return _side_by_side(bands)
+
+
+def _side_by_side(masks: Sequence[Tensor]) -> Tensor:
+    """Masks (B, K, H, W) joined along K; as (B, K, H W), of whose memory format the compiler has no doubts."""
+    return torch.cat([mask.flatten(2) for mask in masks], 1).reshape(len(masks[0]), -1, *masks[0].shape[2:])
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -561,3 +585,17 @@ def _plain(tensor: Tensor) -> Tensor:
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast switched off; the meta device has none."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+# What the CPU's compiled code calls as it is: made into C++, masks take a hundred times as long to store.
+_OPERATORS = {
+    masks: torch.library.custom_op(f"contrastive_exudate_loss::{masks.__name__[1:]}", masks, mutates_args=())
+    for masks in (_density_masks, _edge_masks, _side_by_side)
+}
+for _masks, _operator in _OPERATORS.items():
+    _operator.register_fake(_masks)
+
+
+def _opaque(masks: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
+    """The function itself, or in compiled code on the CPU its operator."""
+    return _OPERATORS[masks] if target.device.type == "cpu" and torch.compiler.is_compiling() else masks

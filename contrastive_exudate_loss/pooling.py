@@ -1,7 +1,9 @@
 """Masked average pooling: the mean feature vector of many masks in every patch, in one operation."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from torch import Tensor
 
 # A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
 SPARSE = 1 / 16
-# Features to sum at a time: little memory, enough for a CPU's threads.
-CHUNK = 2**20
+# Features to sum at a time where they are copied on the way, and where they are not: little memory, yet enough for a
+# CPU's threads.
+COPIED, READ = 2**20, 2**23
 
 
 def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -28,22 +31,14 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
 
     Returns:
         sums: (B, T, gh, gw, C), float64 for float64 features, else float32.
-        counts: (B, T, gh, gw), of the same dtype.
+        counts: (B, T, gh, gw), of the same dtype, without a gradient.
     """
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    weights = masks
-    grid = -(-masks.shape[2] // sides[0]), -(-masks.shape[3] // sides[1])
-    slots: list[int] = []
-    for axis, side, patches in zip((2, 3), sides, grid, strict=True):
-        features, weights = _aligned(features, weights, axis, side, patches, dtype)
-        slots.append(weights.shape[axis] // patches)
+    # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
     if features.device.type == "cpu":
-        sums: Tensor = _sums_by_density(features, weights, slots)
-    elif torch.compiler.is_compiling():
-        sums = _sums_by_fusion(features.to(dtype), weights, slots)
+        sums, counts, _ = _by_density(features, masks, sides)
     else:
-        sums = _sums_by_product(features.to(dtype), weights, slots)
-    return sums, _blocks(weights, slots).sum((3, 5), dtype=dtype)
+        sums, counts = _by_shape(features, masks, sides, _fused if torch.compiler.is_compiling() else _product)
+    return sums, counts.detach()
 
 
 def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
@@ -59,119 +54,181 @@ def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
-def _sums_by_product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
-    """One matrix product per patch: shapes depend on shapes alone, but the features are copied on the way."""
-    features = _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
+def _by_shape(
+    features: Tensor, masks: Tensor, sides: Sequence[int], pool: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """All masks in one way, whose shapes depend on shapes alone."""
+    features = features.to(_dtype(features))
+    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights = _weights(masks, layout, features.dtype)
+    features = _padded(_padded(_resampled(features, layout), 2, weights.shape[2]), 3, weights.shape[3])
+    slots = [axis.slots for axis in layout]
+    return pool(features, weights, slots), _counts(weights, slots, features.dtype)
+
+
+def _product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+    """One matrix product per patch; the features are copied on the way."""
     blocks = _blocks(weights, slots).to(features.dtype)
     sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", _blocks(features, slots), blocks)
     return sums
 
 
-def _sums_by_fusion(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
+def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     """Products that a compiler fuses with their sums: one reading of the features, and nothing of their size stored."""
-    features = _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
     blocks = _blocks(features, slots)
     sums = [(blocks * _blocks(weight, slots)).sum((3, 5)) for weight in weights.split(1, 1)]
     return torch.stack(sums, 1).movedim(2, -1)
 
 
 @torch.library.custom_op("contrastive_exudate_loss::masked_sums", mutates_args=())
-def _sums_by_density(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
-    """Each mask in the cheapest way, which depends on the data: see _by_density."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
+def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each mask in the cheapest way, which depends on the data; one operator, since compiled code is slow at masks.
+
+    The third result are the weights, for the backward.
+    """
+    dtype = _dtype(features)
+    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights, slots = _weights(masks, layout, dtype), [axis.slots for axis in layout]
+    features = _resampled(features, layout)
     grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
     sums = features.new_zeros((*weights.shape[:2], *grid, features.shape[1]), dtype=dtype)
-    few, level, rest = _by_density(features, weights)
-    # Some patch rows at a time: what is formed on the way, such as a float32 copy, stays small.
-    step = max(1, CHUNK // features[:, :, : slots[0]].numel())
-    for y in range(0, grid[0], step) if level or rest else ():
-        rows = slice(y * slots[0], (y + step) * slots[0])
-        part, weight = features[:, :, rows].to(dtype), weights[:, :, rows]
-        if level:
-            part_sums = _padded(part, 3, weights.shape[3]).unflatten(3, (-1, slots[1])).sum(4)
-            total = _padded(part_sums, 2, weight.shape[2]).unflatten(2, (-1, slots[0])).sum(3)
-            sums[:, level, y : y + step] = _heights(weights, level) * total.movedim(1, -1).unsqueeze(1)
-        if rest:
-            sums[:, rest, y : y + step] = _sums_by_product(part, weight[:, rest], slots)
+    few, level, rest = _densities(weights, features.shape[2:])
+    for rows, y in _row_chunks(features, slots, grid[0], READ if features.dtype == dtype else COPIED) if level else ():
+        part = _padded(_padded(features[:, :, rows].to(dtype), 2, (y.stop - y.start) * slots[0]), 3, weights.shape[3])
+        totals = part.unflatten(2, (-1, slots[0])).sum(3).unflatten(3, (-1, slots[1])).sum(4)
+        sums[:, level, y] = _heights(weights, level) * totals.movedim(1, -1).unsqueeze(1)
+    for rows, y in _row_chunks(features, slots, grid[0], COPIED) if rest else ():
+        part = _padded(_padded(features[:, :, rows].to(dtype), 2, (y.stop - y.start) * slots[0]), 3, weights.shape[3])
+        sums[:, rest, y] = _product(part, weights[:, rest, rows], slots)
     for t in few:
-        b, i, j = weights[:, t].nonzero(as_tuple=True)
         # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
         total = torch.zeros_like(sums[:, t], dtype=torch.float64)
-        vectors = (features[b, :, i, j] * weights[b, t, i, j].unsqueeze(1)).double()
-        sums[:, t] = total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
-    return sums
+        for b, i, j in _pixels(weights[:, t], features.shape[1]):
+            vectors = (features[b, :, i, j] * weights[b, t, i, j].unsqueeze(1)).double()
+            total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
+        sums[:, t] = total
+    return sums, _counts(weights, slots, dtype), weights.clone() if weights is masks else weights
 
 
-@_sums_by_density.register_fake
-def _(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
-    return features.new_empty((*weights.shape[:2], *grid, features.shape[1]), dtype=dtype)
+@_by_density.register_fake
+def _(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights = _weights(masks, layout, _dtype(features))
+    counts = _counts(weights, [axis.slots for axis in layout], _dtype(features))
+    return counts.new_empty((*counts.shape, features.shape[1])), counts, torch.empty_like(weights)
 
 
 @torch.library.custom_op("contrastive_exudate_loss::masked_sums_backward", mutates_args=())
 def _spread(
-    gradient: Tensor, weights: Tensor, slots: Sequence[int], rows: int, columns: int, dtype: torch.dtype
+    gradient: Tensor,
+    weights: Tensor,
+    pixels: Sequence[int],
+    size: Sequence[int],
+    sides: Sequence[int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the features (B, C, rows, columns) from that of the sums, written once."""
-    few, level, rest = _by_density(gradient.new_empty(1, 1, rows, columns), weights)
+    """Gradient of the features (B, C, *size) from that of the sums, written once."""
+    layout = _layout(pixels, size, sides, gradient.device)
+    slots = [axis.slots for axis in layout]
+    rows, columns = (length if axis.cell is None else len(axis.cell) for axis, length in zip(layout, size, strict=True))
+    spread = gradient.new_empty((len(gradient), gradient.shape[-1], rows, columns), dtype=dtype)
+    few, level, rest = _densities(weights, (rows, columns))
     if level:
-        patches = (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1).to(dtype)
-        patch_row, patch_column = (
-            torch.arange(n, device=gradient.device) // slot for n, slot in zip((rows, columns), slots, strict=True)
-        )
-        spread = patches.index_select(3, patch_column).index_select(2, patch_row)
+        _write(spread, (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1), slots)
     else:
-        spread = gradient.new_zeros((len(gradient), gradient.shape[-1], rows, columns), dtype=dtype)
-    for y, row in enumerate(_patch_rows(weights, slots) if rest else ()):
-        blocks = _blocks(weights[:, rest, row], slots)[:, :, 0].to(gradient.dtype)
-        block = torch.einsum("btxc,btixj->bcixj", gradient[:, rest, y], blocks)
-        part = spread[:, :, row]
-        part += block.flatten(3, 4)[:, :, : part.shape[2], :columns]
-    for t in few:
-        b, i, j = weights[:, t].nonzero(as_tuple=True)
-        vectors = gradient[b, t, i // slots[0], j // slots[1]] * weights[b, t, i, j].unsqueeze(1)
-        spread.movedim(1, -1)[b, i, j] += vectors.to(dtype)
+        spread.zero_()
+    for part, y in _row_chunks(spread, slots, weights.shape[2] // slots[0], COPIED) if rest else ():
+        blocks = _blocks(weights[:, rest, part], slots).to(gradient.dtype)
+        block = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, rest, y], blocks).flatten(4, 5).flatten(2, 3)
+        spread[:, :, part] += block[:, :, : spread[:, :, part].shape[2], :columns]
+    somewhere = functools.reduce(torch.logical_or, [weights[:, t] for t in few]) if few else weights[:, 0, :0]
+    for b, i, j in _pixels(somewhere, gradient.shape[-1]):
+        vectors = gradient.new_zeros(len(b), gradient.shape[-1])
+        for t in range(weights.shape[1]):
+            vectors.addcmul_(gradient[b, t, i // slots[0], j // slots[1]], weights[b, t, i, j, None].to(vectors.dtype))
+        spread.movedim(1, -1)[b, i, j] = vectors.to(dtype)
+    for n, axis in enumerate(layout, 2):
+        if axis.cell is not None:
+            shape = [*spread.shape[:n], size[n - 2], *spread.shape[n + 1 :]]
+            spread = spread.new_zeros(shape).index_add_(n, axis.cell, spread)
     return spread
 
 
 @_spread.register_fake
-def _(gradient: Tensor, weights: Tensor, slots: Sequence[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty((len(gradient), gradient.shape[-1], rows, columns), dtype=dtype)
+def _(
+    gradient: Tensor,
+    weights: Tensor,
+    pixels: Sequence[int],
+    size: Sequence[int],
+    sides: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return gradient.new_empty((len(gradient), gradient.shape[-1], *size), dtype=dtype)
 
 
-def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weights, ctx.slots = inputs
-    ctx.features = *features.shape[2:], features.dtype
-    ctx.save_for_backward(weights)
+def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, masks, sides = inputs
+    ctx.sizes = masks.shape[2:], features.shape[2:], sides, features.dtype
+    ctx.save_for_backward(output[2])
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _spread(gradient, *ctx.saved_tensors, ctx.slots, *ctx.features), None, None
+def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return _spread(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
-_sums_by_density.register_autograd(_backward, setup_context=_keep_weights)
+_by_density.register_autograd(_backward, setup_context=_keep_weights)
 
 
-def _by_density(features: Tensor, weights: Tensor) -> tuple[list[int], list[int], list[int]]:
+def _densities(weights: Tensor, size: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """The masks to be summed pixel by pixel, those that are constant, to be added up whole, and all others."""
     few: list[int] = []
     level: list[int] = []
     rest: list[int] = []
-    for t, weight in enumerate(weights[..., : features.shape[2], : features.shape[3]].unbind(1)):
-        if int(weight.count_nonzero()) <= SPARSE * weight.numel():
+    for t, weight in enumerate(weights[..., : size[0], : size[1]].unbind(1)):
+        count = int(weight.count_nonzero())
+        if count <= SPARSE * weight.numel():
             few.append(t)
+        elif count == weight.numel() and (weight.dtype == torch.bool or bool((weight == weight[0, 0, 0]).all())):
+            level.append(t)
         else:
-            (level if bool((weight == weight[0, 0, 0]).all()) else rest).append(t)
+            rest.append(t)
     return few, level, rest
+
+
+def _pixels(weights: Tensor, channels: int) -> Iterator[tuple[Tensor, ...]]:
+    """Indices of what is not 0 in (B, rows, columns) weights, some at a time."""
+    if weights.dtype != torch.bool or weights.shape[2] % 8 or weights.stride(2) != 1:
+        indices = weights.nonzero(as_tuple=True)
+    else:
+        # Eight neighbours are looked at in one go.
+        b, i, eight = weights.view(torch.int64).nonzero(as_tuple=True)
+        found, n = weights.unflatten(2, (-1, 8))[b, i, eight].nonzero(as_tuple=True)
+        indices = b[found], i[found], 8 * eight[found] + n
+    return zip(*(index.split(max(1, COPIED // (4 * channels))) for index in indices), strict=True)
+
+
+def _write(image: Tensor, patches: Tensor, slots: Sequence[int]) -> None:
+    """Fill the (B, C, rows, columns) image with the value of each patch, (B, C, gh, gw); the last may be partial."""
+    axes = []
+    for length, slot in zip(image.shape[2:], slots, strict=True):
+        whole, left = divmod(length, slot)
+        parts = [(slice(0, whole * slot), slice(0, whole), slot), (slice(whole * slot, None), slice(whole, None), left)]
+        axes.append(parts[: 1 if left == 0 else 2][0 if whole else 1 :])
+    for (rows, y, height), (columns, x, width) in itertools.product(*axes):
+        part = image[:, :, rows, columns].unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        part.copy_(patches[:, :, y, None, x, None])
 
 
 def _heights(weights: Tensor, level: list[int]) -> Tensor:
     return weights[0, level, 0, 0, None, None, None]
 
 
-def _patch_rows(weights: Tensor, slots: Sequence[int]) -> list[slice]:
-    return [slice(start, start + slots[0]) for start in range(0, weights.shape[2], slots[0])]
+def _row_chunks(features: Tensor, slots: Sequence[int], grid_rows: int, limit: int) -> list[tuple[slice, slice]]:
+    """Rows of the features and of the patches, some patch rows at a time."""
+    step = max(1, limit // features[:, :, : slots[0]].numel())
+    starts = range(0, grid_rows, step)
+    patch_rows = [slice(start, min(start + step, grid_rows)) for start in starts]
+    return [(slice(y.start * slots[0], y.stop * slots[0]), y) for y in patch_rows]
 
 
 def _blocks(tensor: Tensor, slots: Sequence[int]) -> Tensor:
@@ -180,30 +237,70 @@ def _blocks(tensor: Tensor, slots: Sequence[int]) -> Tensor:
     return blocks
 
 
-def _aligned(
-    features: Tensor, weights: Tensor, axis: int, side: int, patches: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Features and weights resampled along an axis to the same number of slots per patch, each slot in one cell."""
-    pixels, cells = weights.shape[axis], features.shape[axis]
+def _counts(weights: Tensor, slots: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _blocks(weights, slots).sum((3, 5)).to(dtype)
+
+
+class _Axis(NamedTuple):
+    """How an axis of the target lies over that of the features; a slot is what of a cell lies in one patch.
+
+    slots: in a patch.
+    missing: pixels to add, so that all patches are whole.
+    stride: pixels in a slot, where each slot is a cell.
+    cell: (slots of all patches,), the cell of each, where a cell may lie in several patches; else None.
+    slot: (pixels,), the slot of each, there; else None.
+    """
+
+    slots: int
+    missing: int
+    stride: int
+    cell: Tensor | None
+    slot: Tensor | None
+
+
+def _layout(pixels: Sequence[int], size: Sequence[int], sides: Sequence[int], device: torch.device) -> list[_Axis]:
+    """Rows and columns of a target of so many pixels, in patches of these sides, over features of this size."""
+    return [_axis(*lengths, device) for lengths in zip(pixels, size, sides, strict=True)]
+
+
+def _axis(pixels: int, cells: int, side: int, device: torch.device) -> _Axis:
     stride = pixels // cells
     if pixels % cells == 0 and side % stride == 0:
-        weights = _padded(weights, axis, patches * side)
-        if stride > 1:
-            weights = weights.unflatten(axis, (-1, stride)).sum(axis + 1, dtype=dtype)
-        return features, weights
-    # A cell may straddle patches: give each patch a slot for every cell it touches, the first at the same place.
-    slots = 1 + max(
-        (min(start + side, pixels) - 1) * cells // pixels - start * cells // pixels for start in range(0, pixels, side)
-    )
-    starts = torch.arange(0, pixels, side, device=features.device) * cells // pixels
-    pixel = torch.arange(pixels, device=features.device)
+        return _Axis(side // stride, -pixels % side, stride, None, None)
+    # Each patch gets a slot for every cell that it touches, the first at the same place in all.
+    starts = range(0, pixels, side)
+    slots = 1 + max((min(start + side, pixels) - 1) * cells // pixels - start * cells // pixels for start in starts)
+    first = torch.arange(0, pixels, side, device=device) * cells // pixels
+    pixel = torch.arange(pixels, device=device)
     patch = pixel // side
-    slot = patch * slots + pixel * cells // pixels - starts[patch]
-    shape = list(weights.shape)
-    shape[axis] = patches * slots
-    placed = weights.new_zeros(shape, dtype=dtype).index_add_(axis, slot, weights.to(dtype))
-    cell = (starts[:, None] + torch.arange(slots, device=features.device)).clamp(max=cells - 1).flatten()
-    return features.index_select(axis, cell), placed
+    cell = (first[:, None] + torch.arange(slots, device=device)).clamp(max=cells - 1).flatten()
+    return _Axis(slots, 0, 1, cell, patch * slots + pixel * cells // pixels - first[patch])
+
+
+def _weights(masks: Tensor, layout: Sequence[_Axis], dtype: torch.dtype) -> Tensor:
+    """The masks pooled down to pixels per slot, (B, T, gh rows, gw columns); at stride 1 the masks, as bool."""
+    weights = masks
+    for n, axis in enumerate(layout, 2):
+        if axis.cell is None or axis.slot is None:
+            weights = _padded(weights, n, weights.shape[n] + axis.missing)
+            if axis.stride > 1:
+                weights = weights.unflatten(n, (-1, axis.stride)).sum(n + 1, dtype=dtype)
+        else:
+            shape = [*weights.shape[:n], len(axis.cell), *weights.shape[n + 1 :]]
+            weights = weights.new_zeros(shape, dtype=dtype).index_add_(n, axis.slot, weights.to(dtype))
+    return weights
+
+
+def _resampled(features: Tensor, layout: Sequence[_Axis]) -> Tensor:
+    """The features with a row and a column for each slot."""
+    for n, axis in enumerate(layout, 2):
+        if axis.cell is not None:
+            features = features.index_select(n, axis.cell)
+    return features
+
+
+def _dtype(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
 
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:

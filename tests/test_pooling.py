@@ -10,16 +10,19 @@ from strategies import features_for, masks
 from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
 
-OTHER_DEVICES = {"by product": pooling._sums_by_product, "by fusion": pooling._sums_by_fusion}
+OTHER_DEVICES = {"by product": pooling._product, "by fusion": pooling._fused}
 
 
 @pytest.fixture(params=["as chosen", "pixel by pixel", "never pixel by pixel", *OTHER_DEVICES])
 def way(request, monkeypatch):
     """Every way of summing that the masks may choose on the CPU, and those of other devices, eager and compiled."""
     if request.param in OTHER_DEVICES:
-        monkeypatch.setattr(pooling, "_sums_by_density", OTHER_DEVICES[request.param])
+        pool = OTHER_DEVICES[request.param]
+        monkeypatch.setattr(pooling, "_by_density", lambda *inputs: (*pooling._by_shape(*inputs, pool), None))
     elif request.param != "as chosen":
         monkeypatch.setattr(pooling, "SPARSE", 1 if request.param == "pixel by pixel" else -1)
+        monkeypatch.setattr(pooling, "COPIED", 100)
+        monkeypatch.setattr(pooling, "READ", 100)
 
 
 @st.composite

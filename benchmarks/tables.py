@@ -21,13 +21,16 @@ def markdown(figures: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    cells = [[name for name, _ in columns], *[[shown(row) for _, shown in columns] for row in rows]]
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of these rows, the first of them its head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
+    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    return aligned([[name for name, _ in columns], *[[shown(row) for _, shown in columns] for row in rows]])
 
 
 def _text(key: str) -> Callable[[Row], str]:

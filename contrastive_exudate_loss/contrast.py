@@ -145,13 +145,14 @@ def _by_label(
         weight = torch.zeros_like(own_lse)
         for row, column, tile in _pairs(vector, temperature, fill=math.inf):
             loss += _PAIRS[contrast](tile, own_lse[row], own_lse[column], weight[row], weight[column], len(vector))
-            derivative[row].addmm_(tile, vector[column])
-            derivative[column].addmm_(tile.T, vector[row])
+            if with_gradient:
+                derivative[row].addmm_(tile, vector[column])
+                derivative[column].addmm_(tile.T, vector[row])
         weights.append(weight)
     if contrast == "sup_con":
         weights = [torch.full_like(own, len(own) > 1) for own in lse]
         loss += sum((weight * own_lse).sum() for weight, own_lse in zip(weights, lse, strict=True))
-    for row, tile in _negatives(vectors, temperature):
+    for row, tile in _negatives(vectors, temperature) if with_gradient else ():
         tile = (tile - lse[0][row, None]).exp_().mul_(weights[0][row, None]) + (tile - lse[1]).exp_().mul_(weights[1])
         derivatives[0][row].addmm_(tile, vectors[1])
         derivatives[1].addmm_(tile.T, vectors[0][row])

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from batches import MODULES, assert_equal_values_and_gradients, batch, gradients
+from strategies import CONTRASTS
+from torch._subclasses import FakeTensorMode
 
-from contrastive_exudate_loss import (
-    CombinedExudateLoss,
-    PatchEdgeContrastLoss,
-)
+from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import contrast as contrast_module
 
 
 def test_a_compiled_criterion_which_checks_no_value_reads_a_0_255_mask_as_it_looks():
@@ -33,6 +33,66 @@ def test_no_size_depends_on_the_data(name):
         loss = module(features, target.detach())
     (gradient,) = gradients(loss, features)
     assert gradient.shape == features.shape
+
+
+OPTIONS = [
+    (PatchDensityContrastLoss, {"contrast": "sup_con"}),
+    (PatchDensityContrastLoss, {"max_patches": 2, "num_patches": 3}),
+    (PatchDensityContrastLoss, {"select": 2, "patch_size": 1, "ignore_index": -1}),
+    (PatchEdgeContrastLoss, {"contrast": "sup_con", "footprint": "cross", "inner_radius": 3}),
+    (PatchEdgeContrastLoss, {"isolate_patches": True, "num_patches": 5, "ignore_index": -1}),
+    (PatchEdgeContrastLoss, {"scope": "image", "density_threshold": 0.3, "inner_radius": (1, 2)}),
+    (PatchEdgeContrastLoss, {"max_patches": 3, "patch_size": 7}),
+]
+options = pytest.mark.parametrize(("loss", "chosen"), OPTIONS)
+
+
+@options
+@pytest.mark.parametrize("cells", [32, 8, 11, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_size_depends_on_the_data_with_any_option_at_any_stride(loss, chosen, cells, dtype):
+    features = torch.empty(2, 4, cells, cells, device="meta", dtype=dtype, requires_grad=True)
+    (gradient,) = gradients(loss(**chosen)(features, torch.empty(2, 2, 32, 32, device="meta")), features)
+    assert (gradient.shape, gradient.dtype) == (features.shape, dtype)
+
+
+@options
+def test_the_forward_runs_on_fake_cuda_tensors(loss, chosen, monkeypatch):
+    """Fake tensors know their device, but no value; torch's own autograd would ask the driver."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        features = torch.empty(2, 4, 16, 16, device="cuda")
+        value = loss(**chosen)(features, torch.empty(2, 2, 32, 32, device="cuda"))
+    assert (value.shape, value.device.type) == ((), "cuda")
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_the_contrast_of_other_devices_looks_at_no_data(contrast):
+    z, labels = torch.empty(50, 3, device="meta"), torch.empty(50, device="meta", dtype=torch.bool)
+    loss, gradient = contrast_module._by_mask(z, labels, ~labels, 0.05, contrast, True)
+    assert (loss.shape, gradient.shape) == ((), z.shape)
+
+
+@options
+@pytest.mark.parametrize("cells", [32, 8, 11])
+def test_compiled_code_equals_eager_code_with_any_option(loss, chosen, cells):
+    _, target, features = batch(classes=2)
+    features = torch.randn(2, 4, cells, cells, requires_grad=True)
+    torch.compiler.reset()
+    losses = []
+    for module in (loss(**chosen), torch.compile(loss(**chosen), backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        losses.append(module(features, target))
+    assert_equal_values_and_gradients(*losses, features)
+
+
+def test_what_the_compiler_makes_into_code_equals_eager_code():
+    logits, target, features = batch()
+    torch.compiler.reset()
+    losses = [
+        module(logits, target, features) for module in (CombinedExudateLoss(), torch.compile(CombinedExudateLoss()))
+    ]
+    assert_equal_values_and_gradients(*losses, logits, features)
 
 
 @pytest.mark.parametrize("name", [*MODULES, "drawn"])

@@ -10,6 +10,8 @@ from strategies import features_for, masks
 from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
 
+# Not the rule on dynamic shapes: sizes of masks are fixed while a model trains.
+RULES = ("test_schema", "test_autograd_registration", "test_faketensor")
 OTHER_DEVICES = {"by product": pooling._product, "by fusion": pooling._fused}
 
 
@@ -146,3 +148,24 @@ def test_a_full_mask_sends_each_pixel_the_gradient_of_its_own_patch(side):
     (gradient,) = torch.autograd.grad((sums * weights).sum(), features)
     wanted = weights[:, 0].movedim(-1, 1).repeat_interleave(side, 2).repeat_interleave(side, 3)
     assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 24), (1, 7, 12), (3, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_pixels_are_those_that_are_not_0(shape, dtype, share):
+    noise = torch.rand(shape[0], 2, *shape[1:], generator=torch.Generator().manual_seed(0)) < share
+    weights = noise.to(dtype)[:, 1]
+    found = [torch.stack(indices, 1) for indices in pooling._pixels(weights, pooling.COPIED // 20)]
+    assert sorted(torch.cat(found).tolist()) == weights.nonzero().tolist()
+    assert all(len(chunk) <= 5 for chunk in found)
+
+
+@given(cases())
+def test_custom_operators_keep_the_rules_of_torch_library(case):
+    features, mask, sides = case
+    inputs = features.requires_grad_(), mask, sides
+    torch.library.opcheck(pooling._by_density, inputs, test_utils=RULES)
+    sums, _, weights = pooling._by_density(*inputs)
+    sizes = mask.shape[2:], features.shape[2:], sides, features.dtype
+    torch.library.opcheck(pooling._spread, (sums.detach(), weights, *sizes), test_utils=RULES)

@@ -1,0 +1,60 @@
+"""The code that torch.compile generates for CUDA stores nothing of the features' size but their gradient."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from batches import MODULES
+from kernels import launches, meta_batch
+
+from contrastive_exudate_loss import CombinedExudateLoss
+
+pytestmark = pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+
+CONTRAST = "torch.ops.contrastive_exudate_loss.contrast.default"
+CRITERIA = {
+    "density": MODULES["density"],
+    "edge": MODULES["edge"],
+    "combined": CombinedExudateLoss(),
+    "ignoring": CombinedExudateLoss(ignore_index=-1),
+}
+CASES = [
+    ("density", 1, torch.float32),
+    ("edge", 1, torch.float32),
+    ("combined", 1, torch.float32),
+    ("ignoring", 1, torch.float16),
+    ("combined", 4, torch.float32),
+]
+case = pytest.mark.parametrize(("name", "stride", "dtype"), CASES)
+
+
+@functools.cache
+def generated(name, stride, dtype):
+    logits, target, features = meta_batch(240, 96, stride, dtype)
+    inputs = (features, target) if name in ("density", "edge") else (logits, target, features)
+    return launches(copy.deepcopy(CRITERIA[name]), *inputs), features
+
+
+def sizes(found):
+    return [math.prod(shape) * dtype.itemsize for shape, dtype in found.buffers]
+
+
+@case
+def test_only_their_gradient_is_of_the_size_of_the_features(name, stride, dtype):
+    found, features = generated(name, stride, dtype)
+    # Masks are of the target's size, to which features at a stride of 4 are not so large.
+    limit = features.nbytes / (8 if stride == 1 else 2)
+    assert max(sizes(found["forward"])) < limit
+    assert [size for size in sizes(found["backward"]) if size >= limit] == [features.nbytes]
+
+
+@case
+def test_all_but_the_contrast_is_made_into_kernels(name, stride, dtype):
+    found, _ = generated(name, stride, dtype)
+    others = [operator for operator in found["forward"].others if operator != CONTRAST]
+    assert all("sort" in operator for operator in others), others
+    assert found["backward"].others == []
+    assert 0 < len(found["forward"].kernels) < 40
+    assert 0 < len(found["backward"].kernels) < 10

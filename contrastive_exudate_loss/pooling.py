@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
-SPARSE = 1 / 16
+SPARSE = 1 / 8
 # Features to sum at a time where they are copied on the way, and where they are not: little memory, yet enough for a
 # CPU's threads.
 COPIED, READ = 2**20, 2**23

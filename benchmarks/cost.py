@@ -56,9 +56,10 @@ def timed(device: torch.device, work: Callable[..., Result], *arguments: Tensor)
         return work(*arguments), time.perf_counter() - begin
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
     result = work(*arguments)
-    stop.record()
+    stop.record(stream)
     torch.cuda.synchronize(device)
     return result, start.elapsed_time(stop) / 1000
 

@@ -47,7 +47,7 @@ def write_growth(path: Path, figures: Mapping[str, Any]) -> None:
         _scales(panel, "embeddings")
     for panel in panels:
         if panel.has_data():
-            panel.legend(fontsize="small")
+            panel.legend(fontsize="small", loc="lower right" if panel in panels[len(axes_names) :] else "best")
             panel.grid(alpha=0.3)
         else:
             panel.set_axis_off()
@@ -73,5 +73,6 @@ def _scales(panel: Axes, name: str) -> None:
     panel.set_yscale("log")
     if name == "area":
         panel.set_xscale("symlog", linthresh=1)
+        panel.set_xlim(left=-0.1)
     else:
         panel.set_xscale("log", base=2)

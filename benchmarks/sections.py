@@ -147,8 +147,8 @@ def overhead(setting: Setting, tick: Tick) -> list[Row]:
                     "precision": precision,
                     "seconds": _spread(seconds[name, mode]),
                     "to_bce": _ratio(seconds[name, mode], seconds["BCE", "eager"]),
-                    "to_floor": _ratio(seconds[name, mode], seconds["floor", "eager"]),
                 }
+                | ({"to_floor": _ratio(seconds[name, mode], seconds["floor", "eager"])} if name == "combined" else {})
                 | (_memory(setting.device, work, batch.features, name != "BCE") if name != "floor" else {})
             )
         rows += [{"work": n, "mode": m, "precision": precision, "failure": text} for (n, m), text in failures.items()]

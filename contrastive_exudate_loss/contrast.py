@@ -133,7 +133,7 @@ def _by_label(
     groups = [label.nonzero().squeeze(1) for label in (ones, zeros)]
     terms = sum(len(n) * (len(n) - 1) if contrast == "nt_xent" else len(n) * (len(n) > 1) for n in groups)
     loss = z.new_zeros(())
-    gradient = torch.zeros_like(z) if with_gradient else z.new_empty(0)
+    gradient = z.new_zeros(z.shape if with_gradient else (0,))  # contiguous, as the compiler has been told
     if terms == 0 or min(map(len, groups)) == 0:
         return loss, gradient
     vectors = [z[group] for group in groups]
@@ -207,6 +207,31 @@ def _nt_xent_pairs(s: Tensor, lse: Tensor, other_lse: Tensor, weight: Tensor, ot
     return loss
 
 
+def _softplus_to_sigmoid_(x: Tensor) -> Tensor:
+    """Sum of log(1 + exp(x)), where x = lse - s makes it that of nt_xent's pairs; x becomes q = sigmoid(x).
+
+    log(1 + exp(x)) = max(x, 0) - log(max(q, 1 - q)). A logarithm costs a CPU as much as dozens of products, so the
+    logarithms of 64 values are taken at once: 2^-64 is far from underflow.
+    """
+    scratch = x.clamp(min=0)
+    above = scratch.sum()
+    x.sigmoid_()
+    torch.maximum(x, torch.sub(1, x, out=scratch), out=scratch)
+    whole = x.numel() // 64 * 64
+    products, rest = scratch.view(-1)[:whole].view(64, -1).prod(0), scratch.view(-1)[whole:]
+    loss = above - products.log().sum() - rest.log().sum()
+    if loss > 0.02 * x.numel():
+        return loss
+    # 1 - q has lost the digits of a small q. Of m = min(q, 1 - q) they are kept: 1 - (1 - m)(1 - n) = m + (1 - m) n.
+    smaller = torch.minimum(x, torch.sub(1, x, out=scratch), out=scratch).view(-1)
+    groups = smaller[:whole].view(64, -1)
+    while len(groups) > 1:
+        half = len(groups) // 2
+        groups = groups[:half].lerp_(groups.new_ones(()), groups[half:])
+    logs = torch.where(groups[0] < 0.5, groups[0].neg().log1p(), products.log())
+    return above - logs.sum() - smaller[whole:].neg().log1p().sum()
+
+
 def _sup_con_pairs(s: Tensor, lse: Tensor, other_lse: Tensor, _: Tensor, __: Tensor, total: int) -> Tensor:
     """-2 s / positives of the pairs in a tile (inf: no pair), which becomes the gradient of their anchors' losses."""
     nothing = s == math.inf
@@ -224,7 +249,7 @@ def _by_mask(
     n = torch.stack([ones.sum(), zeros.sum()]).to(z.dtype)
     terms = (n * (n - 1)).sum() if contrast == "nt_xent" else (n * (n > 1)).sum()
     loss = z.new_zeros(())
-    d_z = torch.zeros_like(z)
+    d_z = z.new_zeros(z.shape)
     index = torch.arange(total, device=z.device)
     rows = max(1, 8 * TILE // total)  # each tile costs its launches, and no cache has to hold it
     for start in range(0, total, rows):
@@ -248,33 +273,13 @@ def _by_mask(
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
     """Sum over all pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    loss = _softplus_to_sigmoid_(torch.sub(lse, pos, out=pos))
+    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)), whose derivative by s is -sigmoid(x).
+    torch.sub(lse, pos, out=pos)
+    loss = (pos.clamp(min=0) + pos.abs().neg_().exp_().log1p_()).sum()
+    pos.sigmoid_()
     neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
     pos.neg_()
     return loss
-
-
-def _softplus_to_sigmoid_(x: Tensor) -> Tensor:
-    """Sum of log(1 + exp(x)), where x = lse - s makes it that of the nt_xent losses of pairs.
-
-    x becomes the derivative q = sigmoid(x), which gives the logarithm too: max(x, 0) - log(max(q, 1 - q)).
-    """
-    scratch = x.clamp(min=0)
-    loss = scratch.sum()
-    x.sigmoid_()
-    torch.maximum(x, torch.sub(1, x, out=scratch), out=scratch)
-    return loss - _sum_of_logs(scratch)
-
-
-def _sum_of_logs(values: Tensor) -> Tensor:
-    """Sum of the logarithms of values in [0.5, 1].
-
-    A logarithm costs a CPU as much as dozens of products, so 64 values are multiplied first: 2^-64 is far from
-    underflow, and the product is as exact as its factors.
-    """
-    flat = values.flatten()
-    whole = len(flat) // 64 * 64
-    return flat[:whole].view(64, -1).prod(0).log().sum() + flat[whole:].log().sum()
 
 
 def _sup_con_rows(pos: Tensor, neg: Tensor) -> Tensor:

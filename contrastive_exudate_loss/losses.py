@@ -451,11 +451,9 @@ class CombinedExudateLoss(_MaskLoss):
     def _supervised(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.supervised is None:
             logits, target = _plain(logits), _plain(target)
-            unknown = not self._check_values(target) and target.dtype != torch.bool
-            if unknown and not _ignores(target, self.ignore_index):
-                target = target.clamp(0, 1)
+            known = self._check_values(target)
             with _full_precision(target.device):
-                return _binary_cross_entropy(logits, target, self.ignore_index)
+                return _binary_cross_entropy(logits, target, self.ignore_index, known)
         loss = self.supervised(logits, target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
@@ -504,11 +502,13 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
     return features
 
 
-def _binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    """Mean over the valid pixels of the cross-entropy with logits, in float32 at least."""
+def _binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None, known: bool) -> Tensor:
+    """Mean over the valid pixels of the cross-entropy with logits, in float32 at least; known: target is of 0 and 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not _ignores(target, ignore_index):
-        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+        lesion = target.to(logits.dtype)
+        # What is not 0 is lesion: without a bool, which compiled code on the CPU would keep for the backward, slowly.
+        return F.binary_cross_entropy_with_logits(logits, lesion if known else lesion.sign().abs())
     lesion, valid = _lesion_and_valid(target, ignore_index)
     # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
     logits = logits.masked_fill(~valid, 0)
@@ -588,12 +588,23 @@ def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[A
 
 
 # What the CPU's compiled code calls as it is: made into C++, masks take a hundred times as long to store.
-_OPERATORS = {
-    masks: torch.library.custom_op(f"contrastive_exudate_loss::{masks.__name__[1:]}", masks, mutates_args=())
-    for masks in (_density_masks, _edge_masks, _side_by_side)
+_SCHEMAS: dict[Callable[..., Any], str] = {
+    _density_masks: "(Tensor target, int[] sides, int? ignore_index) -> (Tensor, Tensor)",
+    _edge_masks: "(Tensor target, int[] sides, int[] inner_radius, int[] outer_radius, str footprint, "
+    "bool isolate_patches, float? density_threshold, int? ignore_index) -> Tensor",
+    _side_by_side: "(Tensor[] masks) -> Tensor",
 }
-for _masks, _operator in _OPERATORS.items():
-    _operator.register_fake(_masks)
+
+
+def _operator(masks: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    operator = torch.library.custom_op(
+        f"contrastive_exudate_loss::{masks.__name__[1:]}", mutates_args=(), schema=schema
+    )(masks)
+    operator.register_fake(masks)
+    return operator
+
+
+_OPERATORS = {masks: _operator(masks, schema) for masks, schema in _SCHEMAS.items()}
 
 
 def _opaque(masks: Callable[..., Any], target: Tensor) -> Callable[..., Any]:

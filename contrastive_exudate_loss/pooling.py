@@ -80,7 +80,11 @@ def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     return torch.stack(sums, 1).movedim(2, -1)
 
 
-@torch.library.custom_op("contrastive_exudate_loss::masked_sums", mutates_args=())
+@torch.library.custom_op(
+    "contrastive_exudate_loss::masked_sums",
+    mutates_args=(),
+    schema="(Tensor features, Tensor masks, int[] sides) -> (Tensor, Tensor, Tensor)",
+)
 def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Each mask in the cheapest way, which depends on the data; one operator, since compiled code is slow at masks.
 
@@ -118,8 +122,12 @@ def _(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Te
     return counts.new_empty((*counts.shape, features.shape[1])), counts, torch.empty_like(weights)
 
 
-@torch.library.custom_op("contrastive_exudate_loss::masked_sums_backward", mutates_args=())
-def _spread(
+@torch.library.custom_op(
+    "contrastive_exudate_loss::masked_sums_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor weights, int[] pixels, int[] size, int[] sides, ScalarType dtype) -> Tensor",
+)
+def _features_gradient(
     gradient: Tensor,
     weights: Tensor,
     pixels: Sequence[int],
@@ -131,7 +139,11 @@ def _spread(
     layout = _layout(pixels, size, sides, gradient.device)
     slots = [axis.slots for axis in layout]
     rows, columns = (length if axis.cell is None else len(axis.cell) for axis, length in zip(layout, size, strict=True))
-    spread = gradient.new_empty((len(gradient), gradient.shape[-1], rows, columns), dtype=dtype)
+    # Cells in several patches are added up in float32 before they are rounded.
+    exact = all(axis.cell is None for axis in layout)
+    spread = gradient.new_empty(
+        (len(gradient), gradient.shape[-1], rows, columns), dtype=dtype if exact else gradient.dtype
+    )
     few, level, rest = _densities(weights, (rows, columns))
     if level:
         _write(spread, (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1), slots)
@@ -146,15 +158,15 @@ def _spread(
         vectors = gradient.new_zeros(len(b), gradient.shape[-1])
         for t in range(weights.shape[1]):
             vectors.addcmul_(gradient[b, t, i // slots[0], j // slots[1]], weights[b, t, i, j, None].to(vectors.dtype))
-        spread.movedim(1, -1)[b, i, j] = vectors.to(dtype)
+        spread.movedim(1, -1)[b, i, j] = vectors.to(spread.dtype)
     for n, axis in enumerate(layout, 2):
         if axis.cell is not None:
             shape = [*spread.shape[:n], size[n - 2], *spread.shape[n + 1 :]]
             spread = spread.new_zeros(shape).index_add_(n, axis.cell, spread)
-    return spread
+    return spread.to(dtype)
 
 
-@_spread.register_fake
+@_features_gradient.register_fake
 def _(
     gradient: Tensor,
     weights: Tensor,
@@ -173,7 +185,7 @@ def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _spread(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
+    return _features_gradient(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
 _by_density.register_autograd(_backward, setup_context=_keep_weights)

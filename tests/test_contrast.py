@@ -200,7 +200,16 @@ def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
     z = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
     labels, present = torch.arange(9) < 4, torch.arange(9) < 8
     for with_gradient in (True, False):
-        torch.library.opcheck(module._loss_and_gradient, (z, labels, present, 0.05, contrast, with_gradient))
+        for strided in (z, z.T.contiguous().T):
+            torch.library.opcheck(module._loss_and_gradient, (strided, labels, present, 0.05, contrast, with_gradient))
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_both_ways_give_a_contiguous_gradient_of_any_input(contrast):
+    z = directions(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).T)
+    ones = torch.arange(9) < 4
+    for way in WAYS.values():
+        assert way(z, ones, ~ones, 0.05, contrast, True)[1].is_contiguous()
 
 
 @given(batches(), st.integers(1, 5))
@@ -216,9 +225,22 @@ def test_best_of_each_label_equals_sorting(batch, limit):
     assert len(index) == 2 * min(len(labels), limit)
 
 
-@given(st.integers(1, 300), st.integers(0, 2**31))
-def test_sum_of_logs_equals_logs_summed(width, seed):
-    values = 0.5 + 0.5 * torch.rand(3, width, generator=torch.Generator().manual_seed(seed))
-    values[0] = 0.5  # the smallest product
-    wanted = values.double().log().sum()
-    torch.testing.assert_close(module._sum_of_logs(values).double(), wanted, rtol=1e-5, atol=1e-6)
+@given(st.integers(1, 300), st.integers(0, 2**31), st.sampled_from([-30.0, -12.0, -5.0, 0.0, 5.0]))
+def test_sum_of_softplus_equals_its_terms_to_float32_rounding(width, seed, level):
+    x = level + torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    x[0, 0] = -math.inf  # no pair
+    wanted = torch.nn.functional.softplus(x.double(), threshold=1000).sum(), x.double().sigmoid()
+    got = module._softplus_to_sigmoid_(x)
+    torch.testing.assert_close(got.double(), wanted[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(x.double(), wanted[1], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("angle", [0.3, 0.6, 1.0, 1.5])
+@pytest.mark.usefixtures("way")
+def test_a_small_loss_is_as_exact_as_a_large_one(angle):
+    noise = 0.02 * torch.randn(20, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(20) < 7
+    e = noise + torch.where(labels[:, None], 1.0, 0.0) * torch.tensor([math.cos(angle), math.sin(angle), 0, 0, 0, 0])
+    e = (e + torch.where(labels[:, None], 0.0, 1.0) * torch.tensor([1.0, 0, 0, 0, 0, 0])).float()
+    narrow, wide = (contrast_loss(t, labels, labels | True, temperature=0.05) for t in (e, e.double()))
+    assert abs(narrow - wide) <= 2e-5 * wide

@@ -3,6 +3,8 @@
 import copy
 import functools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ case = pytest.mark.parametrize(("name", "stride", "dtype"), CASES)
 
 @functools.cache
 def generated(name, stride, dtype):
-    logits, target, features = meta_batch(240, 96, stride, dtype)
+    logits, target, features = meta_batch(512, 32, stride, dtype)
     inputs = (features, target) if name in ("density", "edge") else (logits, target, features)
     return launches(copy.deepcopy(CRITERIA[name]), *inputs), features
 
@@ -46,8 +48,8 @@ def test_only_their_gradient_is_of_the_size_of_the_features(name, stride, dtype)
     found, features = generated(name, stride, dtype)
     # Masks are of the target's size, to which features at a stride of 4 are not so large.
     limit = features.nbytes / (8 if stride == 1 else 2)
-    assert max(sizes(found["forward"])) < limit
-    assert [size for size in sizes(found["backward"]) if size >= limit] == [features.nbytes]
+    assert max(sizes(found["forward"])) <= limit
+    assert [size for size in sizes(found["backward"]) if size > limit] == [features.nbytes]
 
 
 @case
@@ -56,5 +58,8 @@ def test_all_but_the_contrast_is_made_into_kernels(name, stride, dtype):
     others = [operator for operator in found["forward"].others if operator != CONTRAST]
     assert all("sort" in operator for operator in others), others
     assert found["backward"].others == []
-    assert 0 < len(found["forward"].kernels) < 40
-    assert 0 < len(found["backward"].kernels) < 10
+    if name == "combined":
+        page = (Path(__file__).parents[1] / "benchmarks/README.md").read_text()
+        for direction in ("forward", "backward"):
+            counts = len(found[direction].kernels), len(found[direction].others)
+            assert re.search(rf"\| combined +\| {stride} +\| {direction} +\| {counts[0]} +\| {counts[1]} ", page)

@@ -168,4 +168,4 @@ def test_custom_operators_keep_the_rules_of_torch_library(case):
     torch.library.opcheck(pooling._by_density, inputs, test_utils=RULES)
     sums, _, weights = pooling._by_density(*inputs)
     sizes = mask.shape[2:], features.shape[2:], sides, features.dtype
-    torch.library.opcheck(pooling._spread, (sums.detach(), weights, *sizes), test_utils=RULES)
+    torch.library.opcheck(pooling._features_gradient, (sums.detach(), weights, *sizes), test_utils=RULES)

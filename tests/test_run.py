@@ -1,7 +1,9 @@
 """The overhead benchmark measures like against like, and goes from the command line to its figures."""
 
+import collections
 import json
 import math
+from pathlib import Path
 
 import alternatives
 import pytest
@@ -12,11 +14,14 @@ import torch
 from batches import assert_equal_values_and_gradients
 from PIL import Image
 from tables import markdown
+from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import drawn_batch, pixels_as_patches
 
 from contrastive_exudate_loss import PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+RECORDED = json.loads((ROOT / "benchmarks/results/run-cpu.json").read_text())
 
 
 @pytest.fixture
@@ -111,9 +116,24 @@ def test_bands_are_counted_as_the_loops_find_them(area):
     assert alternatives.band_count(target) == sum(bool(band) for band in found)
 
 
+class Called(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names[function.__name__.split(".")[0]] += 1
+        return function(*arguments, **keywords or {})
+
+
 def test_floor_reads_writes_and_contrasts_what_it_says():
     features = torch.randn(2, 3, 8, 8)
-    cross_entropy, total, written = alternatives.floor(lambda: "done", features, [5])()
+    work = alternatives.floor(lambda: "done", features, [5, 7])
+    with Called() as called:
+        cross_entropy, total, written = work()
+    assert [called.names[name] for name in ("sum", "ones_like", "mm", "exp_")] == [1, 1, 4, 2]
     assert cross_entropy == "done"
     torch.testing.assert_close(total, features.sum())
     assert written.shape == features.shape
@@ -157,3 +177,29 @@ def test_the_contrast_stops_where_memory_would_not_suffice(monkeypatch):
     assert [row["embeddings"] for row in rows] == [16, 32, 64]
     assert rows[-1]["needed_bytes"] > 1e6
     assert not math.isnan(rows[0]["seconds"]["median"])
+
+
+def test_the_benchmarks_page_holds_the_recorded_tables():
+    assert markdown(RECORDED) in (ROOT / "benchmarks/README.md").read_text()
+
+
+def recorded(section, **wanted):
+    return next(row for row in RECORDED["sections"][section] if wanted.items() <= row.items())
+
+
+def test_readme_shows_the_recorded_cost():
+    step = recorded("training_step", model="Unet, resnet18", work="combined alone")
+    eager, compiled = (
+        recorded("overhead", work="combined", mode=m, precision="float32") for m in ("eager", "compiled")
+    )
+    loop = recorded("otherwise", work="the same, patch by patch in Python")
+    plain = recorded("otherwise", work="the same, multiplied and pooled")
+    readme = (ROOT / "README.md").read_text()
+    for shown in (
+        f"{100 * step['share_of_step']['median']:.1f} % of a training step",
+        f"{eager['to_floor']['median']:.2f} times, compiled {compiled['to_floor']['median']:.2f} times",
+        f"{100 * eager['extra_memory_to_features']:.1f} % of the features",
+        f"{loop['to_ours']['median']:.0f} times as fast as the published code's manner",
+        f"{plain['to_ours']['median']:.0f} times as multiplying",
+    ):
+        assert shown in readme

@@ -56,8 +56,10 @@ def device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count()
-    if text not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) or (text == "cuda" and count == 0):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu or one of {count} CUDA devices, got {text!r}")
+    if text.startswith("cuda") and count == 0:
+        raise argparse.ArgumentTypeError(f"must be auto or cpu where PyTorch finds no CUDA device, got {text!r}")
+    if text not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or one of {count} CUDA devices, got {text!r}")
     return torch.device(text)
 
 
@@ -103,7 +105,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole_number(0), default=0, help="of weights, crops and drawings (default: %(default)s)"
     )
     training.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+        "--device",
+        type=device,
+        default="auto",
+        help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--alpha", type=_weight, default=0.02, help="weight of the density term (default: %(default)s)")

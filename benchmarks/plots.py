@@ -47,12 +47,15 @@ def write_growth(path: Path, figures: Mapping[str, Any]) -> None:
         _scales(panel, "embeddings")
     for panel in panels:
         if panel.has_data():
-            panel.legend(fontsize="small", loc="lower right" if panel in panels[len(axes_names) :] else "best")
+            below = (
+                {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)} if panel in panels[len(axes_names) :] else {}
+            )
+            panel.legend(fontsize="small", **below)
             panel.grid(alpha=0.3)
         else:
             panel.set_axis_off()
     environment = figures["environment"]
-    figure.suptitle(f"Forward and backward on {environment['device']}, {environment['threads']} threads")
+    figure.suptitle(f"Forward and backward on {environment['device']}, threads: {environment['threads']}")
     figure.savefig(path, dpi=100)
 
 

@@ -3,7 +3,7 @@
 Everything is timed in this one process, warmed up, works of a group in turn, with fresh gradients each time; the
 tables give medians (and quartiles), and ratios within rounds. Memory is what PyTorch allocates.
 
-    python benchmarks/run.py                  # about 15 minutes on two cores
+    python benchmarks/run.py                  # about 10 minutes on two cores
     python benchmarks/run.py --quick          # under a minute, small sizes: shows that all of it works
     python benchmarks/run.py --device cuda --json run-cuda.json
 """
@@ -50,7 +50,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument(
-        "--device", type=device, default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+        "--device",
+        type=device,
+        default="auto",
+        help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of data and weights (default: %(default)s)")
     parser.add_argument(
@@ -59,7 +62,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=writable_file, default="run.json", metavar="FILE", help="figures (default: %(default)s)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.json == options.output:
+        parser.error(f"--json and --output must be two files, got {str(options.json)!r} for both")
+    return options
 
 
 if __name__ == "__main__":

@@ -303,13 +303,13 @@ def contrast(setting: Setting, tick: Tick) -> list[Row]:
     stopped: set[str] = set()
     for count in setting.embeddings:
         batch = pixels_as_patches(count, 16, 0.1, setting.device, setting.seed)
-        works = {}
+        works, ends = {}, []
         for name, criterion in ways.items():
             tick(f"contrast of {count}, {name}")
             needed = _foreseen(peaks[name], count)
             if name in stopped or needed > free_memory(setting.device) / 4:
                 if name not in stopped:
-                    rows.append({"work": name, "embeddings": count, "needed_bytes": needed})
+                    ends.append({"work": name, "embeddings": count, "needed_bytes": needed})
                 stopped.add(name)
                 continue
             works[name] = _step(criterion, (batch.features, batch.target))
@@ -326,6 +326,7 @@ def contrast(setting: Setting, tick: Tick) -> list[Row]:
                     "extra_memory_bytes": peaks[name][-1][1],
                 }
             )
+        rows += ends
     return rows
 
 

@@ -11,7 +11,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     """All tables, each under its heading, after a line on the machine."""
     environment = figures["environment"]
     machine = (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"{environment['device']}, threads: {environment['threads']}, torch {environment['torch']}, "
         f"Python {environment['python']}, seed {figures['configuration']['seed']}."
     )
     parts = [machine]

@@ -188,7 +188,12 @@ def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     return _features_gradient(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
+def _refuse(ctx: Any, gradient: Tensor) -> None:
+    raise NotImplementedError("the contrastive terms have no second derivative; differentiate them once")
+
+
 _by_density.register_autograd(_backward, setup_context=_keep_weights)
+_features_gradient.register_autograd(_refuse)
 
 
 def _densities(weights: Tensor, size: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

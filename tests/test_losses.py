@@ -204,3 +204,11 @@ def test_operators_of_masks_keep_the_rules_of_torch_library(masks):
         "_side_by_side": ([target > 0, target == 0],),
     }[masks.__name__]
     torch.library.opcheck(losses._OPERATORS[masks], inputs)
+
+
+@term
+def test_a_second_derivative_is_refused(term):
+    _, target, features = batch()
+    (gradient,) = torch.autograd.grad(TERMS[term](4)(features, target), features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()

@@ -59,7 +59,7 @@ def device(text: str) -> torch.device:
     if text.startswith("cuda") and count == 0:
         raise argparse.ArgumentTypeError(f"must be auto or cpu where PyTorch finds no CUDA device, got {text!r}")
     if text not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or one of {count} CUDA devices, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be auto, cpu or one of {count} CUDA devices, got {text!r}")
     return torch.device(text)
 
 

@@ -61,9 +61,10 @@ def _by_shape(
     features = features.to(_dtype(features))
     layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
     weights = _weights(masks, layout, features.dtype)
-    features = _padded(_padded(_resampled(features, layout), 2, weights.shape[2]), 3, weights.shape[3])
     slots = [axis.slots for axis in layout]
-    return pool(features, weights, slots), _counts(weights, slots, features.dtype)
+    return pool(_filled_up(_resampled(features, layout), weights), weights, slots), _counts(
+        weights, slots, features.dtype
+    )
 
 
 def _product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
@@ -98,11 +99,11 @@ def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[
     sums = features.new_zeros((*weights.shape[:2], *grid, features.shape[1]), dtype=dtype)
     few, level, rest = _densities(weights, features.shape[2:])
     for rows, y in _row_chunks(features, slots, grid[0], READ if features.dtype == dtype else COPIED) if level else ():
-        part = _padded(_padded(features[:, :, rows].to(dtype), 2, (y.stop - y.start) * slots[0]), 3, weights.shape[3])
+        part = _filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
         totals = part.unflatten(2, (-1, slots[0])).sum(3).unflatten(3, (-1, slots[1])).sum(4)
         sums[:, level, y] = _heights(weights, level) * totals.movedim(1, -1).unsqueeze(1)
     for rows, y in _row_chunks(features, slots, grid[0], COPIED) if rest else ():
-        part = _padded(_padded(features[:, :, rows].to(dtype), 2, (y.stop - y.start) * slots[0]), 3, weights.shape[3])
+        part = _filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
         sums[:, rest, y] = _product(part, weights[:, rest, rows], slots)
     for t in few:
         # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
@@ -314,6 +315,11 @@ def _resampled(features: Tensor, layout: Sequence[_Axis]) -> Tensor:
         if axis.cell is not None:
             features = features.index_select(n, axis.cell)
     return features
+
+
+def _filled_up(features: Tensor, weights: Tensor) -> Tensor:
+    """The features with rows and columns of 0 for the slots of partial patches."""
+    return _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
 
 
 def _dtype(features: Tensor) -> torch.dtype:

@@ -21,7 +21,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 from machine import environment
 from options import device, picture_file, whole_number, writable_file
 from plots import write_growth
-from sections import SECTIONS, full, quick
+from sections import SECTIONS
+from settings import full, quick
 from tables import markdown
 from tqdm import tqdm
 

@@ -10,6 +10,7 @@ import pytest
 import reference
 import run
 import sections
+import settings
 import torch
 from batches import assert_equal_values_and_gradients
 from PIL import Image
@@ -29,7 +30,7 @@ def tiny(monkeypatch):
     """Sizes at which the whole program takes seconds."""
 
     def small(device, seed):
-        return sections.full(device, seed)._replace(
+        return settings.full(device, seed)._replace(
             budget=0.0,
             image=(32, 32),
             channels=4,
@@ -172,7 +173,7 @@ def test_memory_is_foreseen_on_the_power_law():
 
 def test_the_contrast_stops_where_memory_would_not_suffice(monkeypatch):
     monkeypatch.setattr(sections, "free_memory", lambda device: 4e6)
-    setting = sections.full(CPU, 0)._replace(embeddings=(16, 32, 64, 128), budget=0.0)
+    setting = settings.full(CPU, 0)._replace(embeddings=(16, 32, 64, 128), budget=0.0)
     rows = [row for row in sections.contrast(setting, print) if row["work"] == "pytorch-metric-learning"]
     assert [row["embeddings"] for row in rows] == [16, 32, 64]
     assert rows[-1]["needed_bytes"] > 1e6

@@ -17,7 +17,14 @@ TILE = 2**19
 
 
 def contrast_loss(
-    embeddings: Tensor, labels: Tensor, present: Tensor, *, temperature: float, contrast: str = "nt_xent"
+    embeddings: Tensor,
+    labels: Tensor,
+    present: Tensor,
+    *,
+    temperature: float,
+    contrast: str = "nt_xent",
+    part: int = 0,
+    parts: int = 1,
 ) -> Tensor:
     """Contrast of the present embeddings: equal labels pull together, different labels push apart.
 
@@ -34,11 +41,13 @@ def contrast_loss(
         present: (M,), bool; the others count for nothing.
         temperature: > 0.
         contrast: "nt_xent" or "sup_con".
+        part: which of the equal parts of the anchors to sum over, 0 <= part < parts.
+        parts: number of them; the losses of all parts add up to that of the whole.
 
     Returns:
         (), of the embeddings' dtype; 0 with zero gradients where there is no positive pair or no negative.
     """
-    loss: Tensor = _Contrast.apply(directions(embeddings), labels, present, temperature, contrast)
+    loss: Tensor = _Contrast.apply(directions(embeddings), labels, present, temperature, contrast, part, parts)
     return loss
 
 
@@ -86,15 +95,19 @@ def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit:
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str, part: int, parts: int
+    ) -> Tensor:
         loss: Tensor
-        loss, gradient = _loss_and_gradient(z, labels, present, temperature, contrast, ctx.needs_input_grad[0])
+        loss, gradient = _loss_and_gradient(
+            z, labels, present, temperature, contrast, ctx.needs_input_grad[0], part, parts
+        )
         ctx.save_for_backward(z, gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return _Gradient.apply(scale, *ctx.saved_tensors), None, None, None, None
+        return _Gradient.apply(scale, *ctx.saved_tensors), None, None, None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
@@ -111,17 +124,33 @@ class _Gradient(torch.autograd.Function):
 
 @torch.library.custom_op("contrastive_exudate_loss::contrast", mutates_args=())
 def _loss_and_gradient(
-    z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str, with_gradient: bool
+    z: Tensor,
+    labels: Tensor,
+    present: Tensor,
+    temperature: float,
+    contrast: str,
+    with_gradient: bool,
+    part: int,
+    parts: int,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient with respect to z (empty unless with_gradient), for unit or zero vectors z."""
-    if z.device.type == "cpu":
-        return _by_label(z, labels & present, ~labels & present, temperature, contrast, with_gradient)
-    return _by_mask(z, labels & present, ~labels & present, temperature, contrast, with_gradient)
+    ones, zeros = labels & present, ~labels & present
+    if z.device.type == "cpu" and parts == 1:
+        return _by_label(z, ones, zeros, temperature, contrast, with_gradient)
+    anchors = range(len(z) * part // parts, len(z) * (part + 1) // parts)
+    return _by_mask(z, ones, zeros, temperature, contrast, with_gradient, anchors)
 
 
 @_loss_and_gradient.register_fake
 def _(
-    z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str, with_gradient: bool
+    z: Tensor,
+    labels: Tensor,
+    present: Tensor,
+    temperature: float,
+    contrast: str,
+    with_gradient: bool,
+    part: int,
+    parts: int,
 ) -> tuple[Tensor, Tensor]:
     return z.new_empty(()), z.new_empty(z.shape if with_gradient else (0,))
 
@@ -258,18 +287,18 @@ def _softplus_to_sigmoid_(x: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _by_mask(
-    z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool
+    z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool, anchors: range
 ) -> tuple[Tensor, Tensor]:
-    """Every tile over all embeddings, positives and negatives as masks: shapes depend on shapes alone."""
+    """Some anchors with all embeddings, positives and negatives as masks: shapes depend on shapes alone."""
     total = len(z)
     n = torch.stack([ones.sum(), zeros.sum()]).to(z.dtype)
     terms = (n * (n - 1)).sum() if contrast == "nt_xent" else (n * (n > 1)).sum()
     loss = z.new_zeros(())
     d_z = z.new_zeros(z.shape)
     index = torch.arange(total, device=z.device)
-    rows = max(1, 8 * TILE // total)  # each tile costs its launches, and no cache has to hold it
-    for start in range(0, total, rows):
-        row = slice(start, start + rows)
+    rows = max(1, 8 * TILE // max(1, total))  # each tile costs its launches, and no cache has to hold it
+    for start in anchors[::rows]:
+        row = slice(start, min(start + rows, anchors.stop))
         positive = (ones[row, None] & ones) | (zeros[row, None] & zeros)
         positive &= index[row, None] != index
         negative = (ones[row, None] & zeros) | (zeros[row, None] & ones)

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 _Seen = dict[Node, tuple[str, nn.Module, Tensor]]
+_WATCHED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_DATA_PARALLEL = (
+    "model must not be nn.DataParallel, whose replicas leave no features behind; use DistributedDataParallel, and tap "
+    "the model inside"
+)
 
 
 class FeatureTap:
@@ -45,10 +50,7 @@ class FeatureTap:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
-            raise ValueError(
-                "model must not be nn.DataParallel, whose replicas leave no features behind; use "
-                "DistributedDataParallel, and tap the model inside"
-            )
+            raise ValueError(_DATA_PARALLEL)
         self._features: Tensor | None = None
         self._layer_name: str | None = None
         self._closed = False
@@ -61,13 +63,12 @@ class FeatureTap:
             model.register_forward_hook(_Hook(self._end)),
         ]
         if layer is None:
-            self._watchers = [
-                module.register_forward_hook(_Hook(self._watching(name)), with_kwargs=True)
-                for name, module in model.named_modules()
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-            ]
+            self._watchers = {
+                name: module.register_forward_hook(_Hook(self._watching(name)), with_kwargs=True)
+                for name, module in _watched(model)
+            }
         else:
-            self._watchers = []
+            self._watchers = {}
             self._keep_input_of(*_found(model, layer))
 
     @property
@@ -106,9 +107,9 @@ class FeatureTap:
 
     def close(self) -> None:
         """Remove the hooks and drop the features: the model is as it was."""
-        for handle in self._handles + self._watchers:
+        for handle in (*self._handles, *self._watchers.values()):
             handle.remove()
-        self._handles, self._watchers = [], []
+        self._handles, self._watchers = [], {}
         self._features, self._closed = None, True
         self._seen.clear()
 
@@ -125,12 +126,14 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped: dict[str, Any] = {"_features": None, "_handles": [], "_watchers": [], "_seen": {}, "_closed": True}
+        untapped: dict[str, Any] = {"_features": None, "_handles": [], "_watchers": {}, "_seen": {}, "_closed": True}
         return self.__dict__ | untapped
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():
             return
+        if getattr(model, "_is_replica", False):
+            raise ValueError(_DATA_PARALLEL)
         self._features, self._taken, self._running, self._runs = None, False, True, 0
         self._seen.clear()
 
@@ -140,7 +143,7 @@ class FeatureTap:
         self._running = False
         if self._watchers and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             try:
-                self._choose(output)
+                self._choose(model, output)
             except ValueError:
                 self.close()  # or the next tap, with a layer given, would run into this one's error
                 raise
@@ -156,11 +159,23 @@ class FeatureTap:
 
         return watch
 
-    def _choose(self, output: Any) -> None:
+    def _choose(self, model: nn.Module, output: Any) -> None:
         logits = _main_logits(output)
         if logits.grad_fn is None:
             return
+        built = [name for name, _ in _watched(model) if name not in self._watchers]
+        if built:
+            raise ValueError(
+                f"model must have all its layers before it is tapped, but built {', '.join(map(repr, built))} while it "
+                "ran; run it once, then make the FeatureTap"
+            )
         found = _nearest(logits.grad_fn, self._seen)
+        if found is None:
+            raise ValueError(
+                "model must make its logits with a layer that can be tapped (torch.nn.Conv2d, ConvTranspose2d or "
+                "Linear), but a convolution outside of these makes them; give FeatureTap(model, layer=NAME) the module "
+                "whose input are the features, or give the features to the criterion yourself"
+            )
         names = sorted({name for name, _, _ in found})
         if len(names) != 1:
             which = "no convolution or linear layer with a 4-D input of at least 2 channels makes"
@@ -172,9 +187,9 @@ class FeatureTap:
                 f"give the features to the criterion yourself{'' if names or not ran else f'; there ran {ran}'}"
             )
         name, module, features = found[0]
-        for handle in self._watchers:
+        for handle in self._watchers.values():
             handle.remove()
-        self._watchers = []
+        self._watchers = {}
         self._keep_input_of(name, module)
         self._features = _channels_second(module, features)
         self._runs = sum(module is other for _, other, _ in self._seen.values())
@@ -210,6 +225,10 @@ class _Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         # What takes any arguments, returns None and unpickles where this package is not installed.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _watched(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _WATCHED)]
 
 
 def _recomputing() -> bool:
@@ -263,11 +282,16 @@ def _main_logits(output: Any) -> Tensor:
     )
 
 
-def _nearest(start: Node, seen: _Seen) -> list[tuple[str, nn.Module, Tensor]]:
-    """The layers met first on each way back through the graph, passing those whose input is no feature map."""
+def _nearest(start: Node, seen: _Seen) -> list[tuple[str, nn.Module, Tensor]] | None:
+    """The layers met first on each way back through the graph, passing those whose input is no feature map.
+
+    None if a convolution that is no layer comes before them.
+    """
     found, visited, waiting = [], {start}, [start]
     while waiting:
         node = waiting.pop()
+        if node not in seen and node.name() == "ConvolutionBackward0":
+            return None
         if node in seen:
             name, module, features = seen[node]
             if features.dim() == 4 and _channels_second(module, features).shape[1] >= 2:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss.contrast import CONTRASTS, best_of_each_label, contrast_loss
+from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap
 from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer_contour
 from contrastive_exudate_loss.patches import (
@@ -59,6 +60,7 @@ class _PatchContrastLoss(_MaskLoss):
         contrast: str,
         max_patches: int | None,
         ignore_index: int | None,
+        gather_distributed: bool,
     ) -> None:
         super().__init__(ignore_index)
         if patch_size is not None and num_patches is not None:
@@ -71,11 +73,13 @@ class _PatchContrastLoss(_MaskLoss):
         _checks.check_choice("contrast", contrast, CONTRASTS)
         if max_patches is not None:
             _checks.check_integer("max_patches", max_patches, 2)
+        _checks.check_flag("gather_distributed", gather_distributed)
         self.patch_size = 16 if patch_size is None and num_patches is None else patch_size
         self.num_patches = num_patches
         self.temperature = temperature
         self.contrast = contrast
         self.max_patches = max_patches
+        self.gather_distributed = gather_distributed
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         features, target = self._checked(features, target)
@@ -111,21 +115,40 @@ class _PatchContrastLoss(_MaskLoss):
         vectors: Tensor,
         labels: Tensor,
         present: Tensor,
-        limit: int | None,
         priority: Tensor | None = None,
+        limit: int | None = None,
     ) -> Tensor:
         """Mean over the K classes of the contrast of their embeddings, (K, M, C), labels and presence, (K, M).
 
-        Of each label at most limit take part, those of lowest priority, (K, M); without one, drawn at random.
+        With a limit only so many of each label take part, those of lowest priority, (K, M).
         """
+        rank, ranks = rank_and_count() if self.gather_distributed and torch.is_grad_enabled() else (0, 1)
         losses = []
         for k in range(len(vectors)):
             vector, label, here = vectors[k], labels[k], present[k]
-            if limit is not None:
-                rank = torch.randperm(len(vector), device=vector.device) if priority is None else priority[k]
-                index, here = best_of_each_label(rank, label, here, limit)
+            order = None if priority is None else priority[k]
+            if self.max_patches is not None:
+                drawn = torch.randperm(len(vector), device=vector.device)
+                index, here = best_of_each_label(drawn, label, here, self.max_patches)
                 vector, label = vector[index], label[index]
-            losses.append(contrast_loss(vector, label, here, temperature=self.temperature, contrast=self.contrast))
+            if ranks > 1:
+                columns = [label[here]] if order is None else [label[here], order[here.to(order.device)]]
+                vector, label, *orders = of_all_ranks(vector[here], *columns, classes=len(vectors))
+                here, order = torch.ones_like(label), orders[0] if orders else None
+            if order is not None and limit is not None:
+                index, here = best_of_each_label(order, label, here, limit)
+                vector, label = vector[index], label[index]
+            shared = ranks > 1 and _shares_anchors(vector.device)
+            loss = contrast_loss(
+                vector,
+                label,
+                here,
+                temperature=self.temperature,
+                contrast=self.contrast,
+                part=rank if shared else 0,
+                parts=ranks if shared else 1,
+            )
+            losses.append(sum_of_ranks(loss) if shared else loss)
         return torch.stack(losses).mean()
 
 
@@ -147,6 +170,10 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
             with select.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. A patch without valid pixels
             takes no part. With 255, the lesions of a 0/255 mask would all be ignored.
+        gather_distributed: contrast the patches of all processes of torch.distributed's default group, so that value
+            and averaged gradients (as of DistributedDataParallel) are those of one process with the whole batch. Each
+            process must call the loss, with the same K and C. select acts on all patches, max_patches on those of
+            each process. Nothing is gathered under torch.no_grad().
 
     Shape:
         features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
@@ -157,8 +184,8 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         sparse, or no label has two.
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above. The target's values are checked at every call on
-            the CPU, at the first call on CUDA, and never in compiled code.
+        TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
+            values are checked at every call on the CPU, at the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
@@ -182,8 +209,9 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         select: int | Literal["all"] = "all",
         max_patches: int | None = None,
         ignore_index: int | None = None,
+        gather_distributed: bool = False,
     ) -> None:
-        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index)
+        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index, gather_distributed)
         _checks.check_number("threshold", threshold, 0, below=1)
         if isinstance(select, str):
             _checks.check_choice("select", select, ("all",))
@@ -205,9 +233,9 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         dense = share > self.threshold
         labels = dense.to(counts.device)
         if isinstance(self.select, str):
-            return self._class_mean(vectors, labels, present, self.max_patches)
+            return self._class_mean(vectors, labels, present)
         densest_and_sparsest_first = torch.where(dense, -share, share)
-        return self._class_mean(vectors, labels, present, self.select, densest_and_sparsest_first)
+        return self._class_mean(vectors, labels, present, densest_and_sparsest_first, self.select)
 
 
 class PatchEdgeContrastLoss(_PatchContrastLoss):
@@ -234,6 +262,10 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         max_patches: of each class and label at most that many (>= 2) random embeddings, drawn anew at each call.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. With 255, the lesions of a
             0/255 mask would all be ignored.
+        gather_distributed: contrast the bands of all processes of torch.distributed's default group, so that value
+            and averaged gradients (as of DistributedDataParallel) are those of one process with the whole batch. Each
+            process must call the loss, with the same K and C. max_patches acts on the bands of each process. Nothing
+            is gathered under torch.no_grad().
 
     Shape:
         features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
@@ -244,8 +276,8 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         band has two embeddings.
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above. The target's values are checked at every call on
-            the CPU, at the first call on CUDA, and never in compiled code.
+        TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
+            values are checked at every call on the CPU, at the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 16, 16, requires_grad=True)
@@ -273,8 +305,9 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         contrast: str = "nt_xent",
         max_patches: int | None = None,
         ignore_index: int | None = None,
+        gather_distributed: bool = False,
     ) -> None:
-        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index)
+        super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index, gather_distributed)
         if density_threshold is not None:
             _checks.check_number("density_threshold", density_threshold, 0, below=1)
         _checks.check_radius("inner_radius", inner_radius, pairs=density_threshold is not None)
@@ -304,7 +337,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         present = (counts > 0).unflatten(1, pairs).movedim((2, 1), (0, 1))
         labels = torch.zeros_like(present)
         labels[:, 0] = True
-        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1), self.max_patches)
+        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1))
 
 
 class LossTerms(NamedTuple):
@@ -485,6 +518,11 @@ class CombinedExudateLoss(_MaskLoss):
                 density._contrast(sums[:, :k], counts[:, :k], *fraction),
                 edge._contrast(sums[:, k:], counts[:, k:]),
             )
+
+
+def _shares_anchors(device: torch.device) -> bool:
+    """Whether each process contrasts its part of the anchors; on the CPU the whole, pairwise, is faster for a few."""
+    return device.type != "cpu"
 
 
 def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:

@@ -52,6 +52,7 @@ OPTIONS = [
     ((Edge,), {"footprint": "disk"}, ValueError, "footprint must be 'square' or 'cross', got 'disk'"),
     ((Edge,), {"footprint": 3}, TypeError, "footprint must be 'square' or 'cross', got 3 of type int"),
     ((Edge,), {"scope": "batch"}, ValueError, "scope must be 'patch' or 'image', got 'batch'"),
+    ((Density, Edge), {"gather_distributed": 1}, TypeError, "gather_distributed must be True or False, got 1 of type int"),
     ((Edge,), {"isolate_patches": 1}, TypeError, "isolate_patches must be True or False, got 1 of type int"),
     ((Combined,), {"alpha": -0.1}, ValueError, "alpha must be a number >= 0 and finite in float32, got -0.1"),
     ((Combined,), {"alpha": 1e39}, ValueError, "alpha must be a number >= 0 and finite in float32, got 1e+39"),

@@ -13,16 +13,30 @@ from strategies import CONTRASTS
 from contrastive_exudate_loss import contrast as module
 from contrastive_exudate_loss.contrast import best_of_each_label, contrast_loss, directions
 
-WAYS = {"by label": module._by_label, "by mask": module._by_mask}
+OPERATOR = module._loss_and_gradient  # before any test puts another in its place
+
+
+def by_mask(z, *arguments):
+    return module._by_mask(z, *arguments, range(len(z)))
+
+
+def in_parts(z, ones, zeros, *arguments):
+    """The operator as processes call it that share out the anchors."""
+    results = [OPERATOR(z, ones, ones | zeros, *arguments, part, 3) for part in range(3)]
+    return tuple(sum(tensors) for tensors in zip(*results, strict=True))
+
+
+WAYS = {"by label": module._by_label, "by mask": by_mask, "in parts": in_parts}
 LIBRARY = {"nt_xent": NTXentLoss, "sup_con": SupConLoss}
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Contrast by both of its ways, in tiles of a few rows; the loss is compared through its public door."""
+    """Contrast by each of its ways, in tiles of a few rows; the loss is compared through its public door."""
     chosen = WAYS[request.param]
 
-    def forced(z, labels, present, temperature, contrast, with_gradient):
+    def forced(z, labels, present, temperature, contrast, with_gradient, part, parts):
+        assert (part, parts) == (0, 1)
         return chosen(z, labels & present, ~labels & present, temperature, contrast, with_gradient)
 
     monkeypatch.setattr(module, "_loss_and_gradient", forced)
@@ -201,11 +215,13 @@ def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
     labels, present = torch.arange(9) < 4, torch.arange(9) < 8
     for with_gradient in (True, False):
         for strided in (z, z.T.contiguous().T):
-            torch.library.opcheck(module._loss_and_gradient, (strided, labels, present, 0.05, contrast, with_gradient))
+            torch.library.opcheck(
+                module._loss_and_gradient, (strided, labels, present, 0.05, contrast, with_gradient, 0, 1)
+            )
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_both_ways_give_a_contiguous_gradient_of_any_input(contrast):
+def test_all_ways_give_a_contiguous_gradient_of_any_input(contrast):
     z = directions(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).T)
     ones = torch.arange(9) < 4
     for way in WAYS.values():

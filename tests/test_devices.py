@@ -69,7 +69,7 @@ def test_the_forward_runs_on_fake_cuda_tensors(loss, chosen, monkeypatch):
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_the_contrast_of_other_devices_looks_at_no_data(contrast):
     z, labels = torch.empty(50, 3, device="meta"), torch.empty(50, device="meta", dtype=torch.bool)
-    loss, gradient = contrast_module._by_mask(z, labels, ~labels, 0.05, contrast, True)
+    loss, gradient = contrast_module._by_mask(z, labels, ~labels, 0.05, contrast, True, range(50))
     assert (loss.shape, gradient.shape) == ((), z.shape)
 
 

@@ -15,7 +15,7 @@ import contrastive_exudate_loss as package
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "contrastive_exudate_loss").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-MIDDLE = {"patches", "morphology", "pooling", "contrast", "features"}
+MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "features"}
 # Whom each module may import; those in the middle may import the checks.
 ALLOWED = {"_checks": set(), "__init__": {"losses", "features"}, "losses": {"_checks"} | MIDDLE}
 
@@ -85,7 +85,14 @@ def snippets():
 
 
 @pytest.mark.parametrize("code", list(snippets()))
-def test_examples_in_documents_run(code, capsys):
+def test_examples_in_documents_run(code, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if "init_process_group" in code:
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return
     exec(compile(code, "example", "exec"), {})
     shown = re.findall(r"^# prints (.*)$", code, re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == shown

@@ -1,0 +1,103 @@
+"""The embeddings of all processes, with gradients, and sums over them.
+
+Each process is taken to differentiate its own loss, and the gradients of all to be averaged, as DistributedDataParallel
+does: the losses' gradients are added up here, and averaging them gives that of the one loss.
+Of the default process group; what happens here is never compiled.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rank_and_count() -> tuple[int, int]:
+    """The rank of this process and the number of all; (0, 1) where torch.distributed is not initialised."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tensor, ...]:
+    """The rows of all processes, in the order of their ranks.
+
+    Every process must call it, also one without rows.
+
+    Args:
+        vectors: (N, C), floating, with any N; the result's gradient reaches those of every process.
+        columns: (N,) each, of values that a float holds exactly; they get no gradient.
+        classes: how often each process calls it for one loss.
+
+    Returns:
+        The vectors, (sum of N, C), and each column, (sum of N,), of the dtypes given.
+
+    Raises:
+        ValueError: the processes differ in C, in the dtype of vectors or in classes; all of them raise it.
+    """
+    facts = torch.tensor([len(vectors), vectors.shape[1], vectors.itemsize, classes], device=vectors.device)
+    lengths, *rest = _gathered(facts).T.tolist()
+    names = "channels of the features", "bytes of each of their values", "classes of the target"
+    for name, values in zip(names, rest, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"features and target must agree between all processes with gather_distributed=True, got {name} by "
+                f"rank: {', '.join(map(str, values))}"
+            )
+    # cat promotes: a float64 column makes all float64.
+    rows = torch.cat([vectors, *(column.detach()[:, None].to(vectors.device) for column in columns)], 1)
+    rows = F.pad(rows, (0, 0, 0, max(1, *lengths) - len(rows)))
+    gathered: Tensor = _Gathered.apply(rows)
+    rows = torch.cat([block[:length] for block, length in zip(gathered, lengths, strict=True)])
+    found, *others = rows.split([vectors.shape[1], *(1 for _ in columns)], 1)
+    flat = (other.detach().squeeze(1).to(column.dtype) for other, column in zip(others, columns, strict=True))
+    return found.to(vectors.dtype), *flat
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sum_of_ranks(loss: Tensor) -> Tensor:
+    """Sum of the losses of all processes, with gradients; every process must call it.
+
+    Args:
+        loss: (), floating.
+
+    Returns:
+        (), the same on every process.
+    """
+    total: Tensor = _Sum.apply(loss)
+    return total
+
+
+def _gathered(own: Tensor) -> Tensor:
+    """(processes, *shape) from the same shape of each."""
+    everyones = own.new_empty((rank_and_count()[1], *own.shape))
+    dist.all_gather(list(everyones), own.contiguous())
+    return everyones
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return _gathered(own)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)  # not every backend has reduce_scatter
+        return total[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total

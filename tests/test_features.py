@@ -342,3 +342,47 @@ def test_training_an_smp_unet_lowers_the_loss(classes):
     assert losses[-1] < losses[0]
     assert "segmentation_head.0" in repr(criterion.tap)
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    net = Net()
+    FeatureTap(net)
+    replica = net._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"model must not be nn.DataParallel.* use DistributedDataParallel"):
+        replica(IMAGES)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(1, 1), nn.LazyLinear(1)], ids=lambda lazy: type(lazy).__name__)
+def test_a_lazy_head_is_found(lazy):
+    turned = isinstance(lazy, nn.LazyLinear)
+    net = Net(lambda net, x: net.last(net.body(x).movedim(1, -1)).movedim(-1, 1) if turned else net.last(net.body(x)))
+    net.last = lazy
+    tap = FeatureTap(net)
+    for _ in range(2):
+        net(IMAGES)
+        torch.testing.assert_close(tap.features, body(net))
+
+
+@pytest.mark.parametrize("head", [lambda: nn.Conv2d(6, 1, 1), lambda: nn.Linear(6, 1)])
+def test_a_head_that_the_first_pass_builds_is_said(head):
+    def outcome(net, x):
+        if not hasattr(net, "last"):
+            net.last = head()
+        features = net.body(x)
+        return net.last(features) if isinstance(net.last, nn.Conv2d) else net.last(features.movedim(1, -1))
+
+    net = Net(outcome)
+    FeatureTap(net)
+    with pytest.raises(ValueError, match="built 'last' while it ran; run it once, then make the FeatureTap"):
+        net(IMAGES)
+    tap = FeatureTap(net)
+    net(IMAGES)
+    torch.testing.assert_close(tap.features, body(net))
+
+
+def test_a_head_that_is_no_layer_is_said():
+    net = Net(lambda net, x: nn.functional.conv2d(net.body(x), net.weight))
+    net.weight = nn.Parameter(torch.ones(1, 6, 1, 1))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match=r"a convolution outside of these makes them; give FeatureTap\(model, layer"):
+        net(IMAGES)

@@ -5,6 +5,7 @@ import os
 import platform
 from pathlib import Path
 
+import ranks
 import torch
 
 PACKAGES = (
@@ -25,6 +26,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
     }
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ranks
 import torch
 from idrid import LESIONS
 
@@ -21,14 +22,16 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
         help_text: what --help says first.
 
     Returns:
-        data, lesion, size, steps, batch, crop, seed, device, alpha, beta, patch_size, output, json; lesion and size
-        are None without data.
+        data, lesion, size, steps, batch, crop, norm, seed, device, alpha, beta, patch_size, output, json; lesion and
+        size are None without data.
     """
     parser = argparse.ArgumentParser(description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_options(parser)
     _add_training_options(parser)
     _add_output_options(parser)
     options = parser.parse_args(arguments)
+    if options.batch % ranks.count():
+        parser.error(f"--batch must be a multiple of the {ranks.count()} processes, got {options.batch}")
     if options.data is not None:
         options.lesion, options.size = options.lesion or "EX", options.size or 512
         return options
@@ -54,13 +57,15 @@ def whole_number(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
 def device(text: str) -> torch.device:
     """Reads a device for argparse; auto is CUDA where there is one."""
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count()
     if text.startswith("cuda") and count == 0:
         raise argparse.ArgumentTypeError(f"must be auto or cpu where PyTorch finds no CUDA device, got {text!r}")
     if text not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))):
         raise argparse.ArgumentTypeError(f"must be auto, cpu or one of {count} CUDA devices, got {text!r}")
-    return torch.device(text)
+    # Each process that torchrun starts has a device of its own.
+    own = os.environ.get("LOCAL_RANK")
+    return torch.device(text if own is None or text != "cuda" else f"cuda:{own}")
 
 
 def writable_file(text: str) -> Path:
@@ -93,13 +98,18 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=whole_number(1), default=300, help="training steps (default: %(default)s)")
-    training.add_argument("--batch", type=whole_number(1), default=8, help="crops in a step (default: %(default)s)")
+    training.add_argument(
+        "--batch", type=whole_number(1), default=8, help="crops in a step, of all processes (default: %(default)s)"
+    )
     training.add_argument(
         "--crop",
         type=whole_number(16, multiple_of=STRIDE),
         default=128,
         metavar="PIXELS",
         help=f"side of a crop, a multiple of {STRIDE} (default: %(default)s)",
+    )
+    training.add_argument(
+        "--norm", choices=("batch", "group"), default="batch", help="layers of the network (default: %(default)s)"
     )
     training.add_argument(
         "--seed", type=whole_number(0), default=0, help="of weights, crops and drawings (default: %(default)s)"

@@ -49,7 +49,11 @@ def scores(probabilities: Sequence[Tensor], samples: Sequence[Sample], threshold
     """
     if not any(sample.lesion.any() for sample in samples):
         return Scores(0, 0, 0)
-    metrics = BinaryF1Score(), BinaryJaccardIndex(), BinaryAveragePrecision(thresholds)
+    metrics = (
+        BinaryF1Score(sync_on_compute=False),  # other processes, if there are any, have nothing to add
+        BinaryJaccardIndex(sync_on_compute=False),
+        BinaryAveragePrecision(thresholds, sync_on_compute=False),
+    )
     for probability, sample in zip(probabilities, samples, strict=True):
         for metric in metrics:
             metric.update(probability, sample.lesion.int())

@@ -6,6 +6,11 @@ Prints a table, and writes one PNG and, if asked, the figures as JSON.
 
     python benchmarks/train.py
     python benchmarks/train.py --data "A. Segmentation" --lesion EX --json figures.json
+    torchrun --nproc-per-node 2 benchmarks/train.py --norm group
+
+With torchrun each process trains on its share of every batch, the contrast is over the whole, and the first process
+evaluates and writes. With group norm the loss curve is that of one process, to rounding; batch norm takes the
+statistics of each share.
 
 F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
 Seconds per step (median and quartiles) are of forward, loss, backward and optimiser, not of cutting the crops out.
@@ -14,7 +19,9 @@ Peak memory is that of the training steps: see cost.PeakMemory.
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import json
 import math
@@ -27,6 +34,7 @@ from cost import PeakMemory, loss_share, quartiles, timed
 from idrid import DataError, Files, read_samples, split_files
 from options import STRIDE, parsed
 from picture import write_picture
+from ranks import averaging_gradients, mean_of_processes, own_share, process_group, rank
 from report import Arm, Data, figures, table
 from samples import Sample, random_batch
 from scores import average_precision_thresholds, predictions, scores
@@ -39,6 +47,7 @@ from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensi
 TRAINING_IMAGES, HELD_OUT_IMAGES = 48, 20
 ARMS = ("BCE", "BCE + contrast")
 PRIOR_LOGIT = -4.0
+NORM_GROUPS = 8
 LEARNING_RATE = 1e-3
 SHARE_STEPS = 13
 
@@ -46,15 +55,22 @@ SHARE_STEPS = 13
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison that the command line asks for; the process's exit code."""
     options = parsed(arguments, __doc__ or "")
+    with process_group(options.device), contextlib.redirect_stdout(io.StringIO() if rank() else sys.stdout):
+        return _compared(options)
+
+
+def _compared(options: argparse.Namespace) -> int:
     try:
         data = _synthetic_data(options) if options.data is None else _idrid_data(options)
     except DataError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    model = _network(options.seed).to(options.device)
+    model = _network(options.seed, options.norm).to(options.device)
     arms, predicted = {}, {}
     for name in ARMS:
         arms[name], predicted[name] = _trained(name, copy.deepcopy(model), options, data)
+    if rank():
+        return 0
     print(table(arms, data))
     f1 = {name: arm.scores.f1 for name, arm in arms.items()}
     write_picture(options.output, data.held_out, predicted, f1, _contrastive(options))
@@ -69,28 +85,33 @@ def _trained(name: str, model: nn.Module, options: argparse.Namespace, data: Dat
     """What one training gave, and its held-out lesion probabilities."""
     tap = None if name == ARMS[0] else FeatureTap(model)
     criterion = nn.BCEWithLogitsLoss() if tap is None else _contrastive(options, tap)
-    step = _training_step(model, criterion, options.steps)
+    step = _training_step(averaging_gradients(model), criterion, options.steps)
     batches = _batches(data.train, options)
     memory, seconds, losses = PeakMemory(options.device), [], []
-    with tqdm(range(options.steps), desc=f"training, {name}", unit="step") as progress:
+    with tqdm(range(options.steps), desc=f"training, {name}", unit="step", disable=_silent()) as progress:
         for _ in progress:
             loss, elapsed = timed(options.device, step, *next(batches))
             seconds.append(elapsed)
-            losses.append(float(loss))
+            losses.append(mean_of_processes(loss))
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     peak = memory.read()
-    predicted = predictions(model, data.held_out, STRIDE, options.device)
-    scored = scores(predicted, data.held_out, average_precision_thresholds(data.held_out))
+    judged = [] if rank() else data.held_out
+    predicted = predictions(model, judged, STRIDE, options.device)
+    scored = scores(predicted, judged, average_precision_thresholds(judged))
     share = loss_share(step, model.train(), criterion, tap, itertools.islice(batches, SHARE_STEPS))
     return Arm(scored, quartiles(seconds), share, peak, memory.meaning, losses), predicted
 
 
-def _network(seed: int) -> nn.Module:
+def _network(seed: int, norm: str) -> nn.Module:
     """A small U-Net with weights drawn from the seed, whose logits begin near the lesions' prior."""
     torch.manual_seed(seed)
     model: nn.Module = smp.Unet(
         "resnet18", encoder_depth=3, encoder_weights=None, decoder_channels=(64, 32, 16), in_channels=3, classes=1
     )
+    for module in list(model.modules()) if norm == "group" else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(NORM_GROUPS, child.num_features))
     nn.init.constant_(model.get_parameter("segmentation_head.0.bias"), PRIOR_LOGIT)
     return model
 
@@ -99,8 +120,8 @@ def _contrastive(options: argparse.Namespace, tap: FeatureTap | None = None) -> 
     return CombinedExudateLoss(
         options.alpha,
         options.beta,
-        density=PatchDensityContrastLoss(options.patch_size),
-        edge=PatchEdgeContrastLoss(options.patch_size),
+        density=PatchDensityContrastLoss(options.patch_size, gather_distributed=True),
+        edge=PatchEdgeContrastLoss(options.patch_size, gather_distributed=True),
         features=tap,
     )
 
@@ -124,11 +145,11 @@ def _training_step(
 
 
 def _batches(samples: Sequence[Sample], options: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random crops on the device without end, in the order that the seed gives."""
+    """Random crops on the device without end, in the order that the seed gives; of each batch this process's share."""
     generator = torch.Generator().manual_seed(options.seed)
     while True:
         images, target = random_batch(samples, options.batch, options.crop, generator)
-        yield images.to(options.device), target.to(options.device)
+        yield own_share(images).to(options.device), own_share(target).to(options.device)
 
 
 def _synthetic_data(options: argparse.Namespace) -> Data:
@@ -149,8 +170,15 @@ def _idrid_data(options: argparse.Namespace) -> Data:
 
 
 def _read(files: list[Files], size: int, what: str) -> list[Sample]:
-    with tqdm(read_samples(files, size), desc=f"reading, {what}", total=len(files), unit="image") as progress:
+    with tqdm(
+        read_samples(files, size), desc=f"reading, {what}", total=len(files), unit="image", disable=_silent()
+    ) as progress:
         return list(progress)
+
+
+def _silent() -> bool | None:
+    """None leaves the choice to tqdm."""
+    return True if rank() else None
 
 
 if __name__ == "__main__":

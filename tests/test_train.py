@@ -103,8 +103,9 @@ def test_the_seed_chooses_the_crops():
     assert not torch.equal(one[0], third[0])
 
 
-def test_logits_begin_near_the_lesions_prior():
-    model = train._network(0).eval()
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_logits_begin_near_the_lesions_prior(norm):
+    model = train._network(0, norm).eval()
     assert float(model(torch.zeros(1, 3, 64, 64)).detach().mean()) == pytest.approx(train.PRIOR_LOGIT, abs=1)
 
 
@@ -185,3 +186,40 @@ def test_the_program_runs_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, program, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     for option in ("--data", "--lesion", "--json", "--output", "--steps", "--alpha", "--patch-size", "--device"):
         assert option in done.stdout
+
+
+def test_two_processes_give_the_curves_of_one(tmp_path):
+    fake_idrid(tmp_path)
+    program = [
+        Path(train.__file__),
+        *SMALL,
+        "--data",
+        tmp_path,
+        "--size",
+        "48",
+        "--norm",
+        "group",
+        "--alpha",
+        "1",
+        "--beta",
+        "1",
+    ]
+    curves = []
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        paths = ["--output", tmp_path / "p.png", "--json", tmp_path / "f.json"]
+        done = subprocess.run([*launcher, *program, *paths], capture_output=True, text=True, timeout=200, check=True)
+        assert done.stdout.count("average precision  ") == 1
+        figures = json.loads((tmp_path / "f.json").read_text())
+        assert figures["environment"]["processes"] == len(curves) + 1
+        curves.append([point["loss"] for arm in train.ARMS for point in figures["arms"][arm]["loss_curve"]])
+        (tmp_path / "f.json").unlink()
+    assert len(set(curves[0])) == 4  # steps 0 and 10 of both arms
+    assert curves[1][::2] == pytest.approx(curves[0][::2], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)  # Adam's first steps magnify what rounding leaves of nothing
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        options.parsed(["--batch", "8"], "")
+    assert "--batch must be a multiple of the 3 processes, got 8" in capsys.readouterr().err

@@ -132,7 +132,7 @@ class _PatchContrastLoss(_MaskLoss):
                 index, here = best_of_each_label(drawn, label, here, self.max_patches)
                 vector, label = vector[index], label[index]
             if ranks > 1:
-                columns = [label[here]] if order is None else [label[here], order[here.to(order.device)]]
+                columns = [label[here]] if order is None else [label[here], order[here]]
                 vector, label, *orders = of_all_ranks(vector[here], *columns, classes=len(vectors))
                 here, order = torch.ones_like(label), orders[0] if orders else None
             if order is not None and limit is not None:

@@ -31,6 +31,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        dist.barrier()  # none may leave while another still answers
     finally:
         dist.destroy_process_group()
 

@@ -92,7 +92,7 @@ def test_examples_in_documents_run(code, capsys, monkeypatch, tmp_path):
     if "init_process_group" in code:
         script = tmp_path / "script.py"
         script.write_text(code)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         return
     exec(compile(code, "example", "exec"), {})

@@ -205,7 +205,10 @@ def test_two_processes_give_the_curves_of_one(tmp_path):
         "1",
     ]
     curves = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+    for launcher in (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    ):
         paths = ["--output", tmp_path / "p.png", "--json", tmp_path / "f.json"]
         done = subprocess.run([*launcher, *program, *paths], capture_output=True, text=True, timeout=200, check=True)
         assert done.stdout.count("average precision  ") == 1

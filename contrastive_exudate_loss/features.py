@@ -1,8 +1,9 @@
 """FeatureTap: the features that a segmentation model turns into logits, kept for the criterion."""
 
+import collections
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -211,6 +212,29 @@ class FeatureTap:
         self._features = _channels_second(layer, given)
         self._runs = self._runs + 1 if self._running else 1
         self._taken = False
+
+
+def of_one_pass(logits: Tensor, features: Tensor) -> bool:
+    """Whether both have been computed in one forward pass, as far as their autograd graphs tell."""
+    made, used = logits.grad_fn, features.grad_fn
+    if made is None or used is None or used in _behind(made):
+        return True
+    # Of a compiled model's features the last node may be a view that the logits know nothing of.
+    others = set(_behind(used))
+    return any(node in others for node in _behind(made))
+
+
+def _behind(start: Node) -> Iterator[Node]:
+    """The nodes from which a node is computed, nearest first, itself included; no leaves, which all passes share."""
+    visited, waiting = {start}, collections.deque([start])
+    while waiting:
+        node = waiting.popleft()
+        if not node.name().endswith("AccumulateGrad"):
+            yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                waiting.append(following)
 
 
 class _Hook:

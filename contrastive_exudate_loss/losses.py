@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss.contrast import CONTRASTS, best_of_each_label, contrast_loss
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap
+from contrastive_exudate_loss.features import FeatureTap, of_one_pass
 from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer_contour
 from contrastive_exudate_loss.patches import (
     at_pixels,
@@ -536,6 +536,11 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
             "checkpointed layer needs torch.utils.checkpoint(..., use_reentrant=False); where all before the last "
             "layer is frozen the terms can train nothing: set alpha = beta = 0; where this is not the layer that makes "
             "the logits, give FeatureTap(model, layer=NAME)"
+        )
+    if not torch.compiler.is_compiling() and not of_one_pass(logits, features):
+        raise ValueError(
+            f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
+            "call the criterion before the next pass, or give it features yourself"
         )
     return features
 

@@ -209,6 +209,32 @@ def test_validation_without_gradients_works_once_the_layer_is_known():
         assert torch.equal(criterion(net.eval()(IMAGES), TARGET), wanted)
 
 
+def parallel(net, x):
+    features = net.body(x)
+    return net.head(features) + 0 * net.side(net.between(features)).mean()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "layer"), [*((outcome, None) for outcome in OUTCOMES.values()), (parallel, "side")]
+)
+def test_logits_of_an_older_pass_are_refused(outcome, layer):
+    layers = {"extra": nn.Conv2d(6, 4, 1), "between": nn.Conv2d(6, 6, 1), "side": nn.Conv2d(6, 1, 1)}
+    net = Net(outcome, gate=nn.Linear(3, 1), **layers)
+    criterion = CombinedExudateLoss(features=FeatureTap(net, layer))
+
+    def logits():
+        output = net(IMAGES)
+        output = output.get("out", output.get("logits")) if isinstance(output, dict) else output
+        output = output.logits if isinstance(output, Output) else output
+        return nn.functional.interpolate(output[0] if isinstance(output, (tuple, list)) else output, (16, 16))
+
+    older = logits()
+    logits()
+    with pytest.raises(ValueError, match=r"logits must come from the model's last forward pass, .* got those of an"):
+        criterion(older, TARGET)
+    criterion(logits(), TARGET).backward()
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_forward_pass_that_fails_leaves_no_features_of_the_one_before(taken):
     net = Net()
@@ -322,6 +348,23 @@ def test_a_compiled_model_feeds_a_tap_whose_layer_is_given():
         loss = criterion(compiled(IMAGES), TARGET)
         features = net[:2](IMAGES)
         torch.testing.assert_close(loss, CombinedExudateLoss()(net[2](features), TARGET, features))
+
+
+@pytest.mark.parametrize("head", [nn.Conv2d(6, 1, 1), nn.Linear(6, 1)], ids=lambda head: type(head).__name__)
+def test_the_features_of_a_compiled_pass_may_be_views(head):
+    def outcome(net, x):
+        flat = net.body(x).flatten(2).unflatten(2, x.shape[2:])
+        return net.last(flat) if isinstance(head, nn.Conv2d) else net.last(flat.movedim(1, -1)).movedim(-1, 1)
+
+    net = Net(outcome, last=head)
+    criterion = CombinedExudateLoss(features=FeatureTap(net, "last"))
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    criterion(compiled(IMAGES), TARGET).backward()
+    older = compiled(IMAGES)
+    compiled(IMAGES)
+    with pytest.raises(ValueError, match="got those of another"):
+        criterion(older, TARGET)
 
 
 @pytest.mark.parametrize("classes", [1, 4])

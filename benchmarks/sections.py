@@ -31,8 +31,6 @@ from reference import published_loop
 Row = dict[str, Any]
 Tick = Callable[[str], None]
 PRECISIONS = ("float32", "autocast")
-# A threshold with which "above" means "at least 0.3".
-ALMOST_0_3 = math.nextafter(0.3, 0)
 
 
 def overhead(setting: Setting, tick: Tick) -> list[Row]:
@@ -85,7 +83,7 @@ def otherwise(setting: Setting, tick: Tick) -> list[Row]:
     batch = drawn_batch(size, setting.device, area=0.02, seed=setting.seed)
     tick("the published code's manner")
     works = {
-        "combined, published configuration": _step(published_configuration(), batch),
+        "combined, published configuration": _step(CombinedExudateLoss.hecl(), batch),
         "the same, patch by patch in Python": _step(_published, batch),
     }
     rows += _compared(setting, works, batch)
@@ -96,24 +94,6 @@ def otherwise(setting: Setting, tick: Tick) -> list[Row]:
         "the same, multiplied and pooled": _step(_plain, batch),
     }
     return rows + _compared(setting, works, batch)
-
-
-def published_configuration() -> CombinedExudateLoss:
-    """The authors' published code in public options."""
-    return CombinedExudateLoss(
-        0.01,
-        0.01,
-        density=PatchDensityContrastLoss(num_patches=5, threshold=ALMOST_0_3, select=3),
-        edge=PatchEdgeContrastLoss(
-            num_patches=5,
-            inner_radius=(1, 2),
-            outer_radius=(5, 2),
-            footprint="cross",
-            isolate_patches=True,
-            scope="image",
-            density_threshold=ALMOST_0_3,
-        ),
-    )
 
 
 def inference(setting: Setting, tick: Tick) -> list[Row]:

@@ -1,8 +1,9 @@
 """The three losses: check what comes in, compose the parts, weigh the terms."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from contrastive_exudate_loss.patches import (
     patch_sides,
 )
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
+
+if TYPE_CHECKING:  # Python 3.10 has it not
+    from typing import Self
 
 
 class _MaskLoss(nn.Module):
@@ -422,6 +426,54 @@ class CombinedExudateLoss(_MaskLoss):
         self.tap = features
         _checks.check_part("density", self.density, PatchDensityContrastLoss, ignore_index)
         _checks.check_part("edge", self.edge, PatchEdgeContrastLoss, ignore_index)
+
+    @classmethod
+    def hecl(
+        cls,
+        *,
+        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        ignore_index: int | None = None,
+        features: FeatureTap | None = None,
+    ) -> "Self":
+        """The criterion with the options of the authors' published code: supervised + 0.01 (density + edge).
+
+        Density: 5 x 5 patches, dense from a lesion fraction of 0.3; the 3 densest against the 3 sparsest of the batch.
+        Edge: footprint "cross" in each patch alone, inner and outer radius 2 in dense patches, 1 and 5 in sparse ones;
+        one inner and one outer embedding an image.
+
+        Args:
+            supervised: as in the constructor.
+            ignore_index: as in the constructor.
+            features: as in the constructor.
+
+        Returns:
+            A criterion whose parts and weights can be read and set like any other's.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+
+        Example:
+            >>> CombinedExudateLoss.hecl().density  # doctest: +ELLIPSIS
+            PatchDensityContrastLoss(num_patches=5, temperature=0.05, contrast='nt_xent', ..., select=3)
+
+        Reference:
+            Tang et al. 2024, arXiv 2302.11517v2, by their code; docs/method.md tells where it and the text differ.
+        """
+        from_0_3 = math.nextafter(0.3, 0)  # "at least 0.3", said with "above"
+        density = PatchDensityContrastLoss(num_patches=5, threshold=from_0_3, select=3, ignore_index=ignore_index)
+        edge = PatchEdgeContrastLoss(
+            num_patches=5,
+            inner_radius=(1, 2),
+            outer_radius=(5, 2),
+            footprint="cross",
+            isolate_patches=True,
+            scope="image",
+            density_threshold=from_0_3,
+            ignore_index=ignore_index,
+        )
+        return cls(
+            0.01, 0.01, supervised=supervised, density=density, edge=edge, ignore_index=ignore_index, features=features
+        )
 
     @property
     def alpha(self) -> float:

@@ -18,7 +18,7 @@ from tables import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import drawn_batch, pixels_as_patches
 
-from contrastive_exudate_loss import PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -102,11 +102,11 @@ def test_every_way_contrasts_the_same_embeddings(count):
 
 
 @pytest.mark.parametrize("side", [20, 45, 60])
-def test_public_options_give_the_published_configuration(side):
+def test_hecl_is_compared_with_the_loop_that_it_equals(side):
     for seed in range(4):
         batch = drawn_batch((side, side), CPU, area=(0.02, 0.2, 0.5, 0.9)[seed], dtype=torch.float64, seed=seed)
         batch = batch._replace(target=batch.target.double())
-        ours = sections.published_configuration()(*batch)
+        ours = CombinedExudateLoss.hecl()(*batch)
         assert_equal_values_and_gradients(sections._published(*batch), ours, batch.logits, batch.features)
 
 

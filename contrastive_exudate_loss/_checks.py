@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = torch.finfo(torch.float32).max
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
@@ -161,8 +162,10 @@ def _check_images(name: str, value: object, axes: str, remedy: str) -> None:
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {tensor.dtype}; give the network's own output")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(
+            f"{name} must be floating, of 16 bits at least, got {tensor.dtype}; give the network's own output"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, target: Tensor) -> None:

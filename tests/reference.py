@@ -55,25 +55,24 @@ def mean_vector(features, pixels, size):
 
 
 def contrast(vectors, labels, temperature=0.05, contrast="nt_xent"):
-    """The contrast of a list of vectors, pair by pair."""
+    """The contrast of a list of vectors, anchor by anchor."""
     if not vectors:
         return torch.zeros((), dtype=torch.float64)
-    z = [v / torch.linalg.vector_norm(v) if v.detach().abs().sum() > 0 else v * 0 for v in vectors]
-    s = [[torch.dot(a, b) / temperature for b in z] for a in z]
+    z = torch.stack([v / torch.linalg.vector_norm(v) if v.detach().abs().sum() > 0 else v * 0 for v in vectors])
     everyone = range(len(z))
     nothing = sum(v.sum() for v in vectors) * 0
     per_anchor = []
     for i in everyone:
+        s = z @ z[i] / temperature
         positives = [p for p in everyone if p != i and labels[p] == labels[i]]
-        negatives = [s[i][n] for n in everyone if labels[n] != labels[i]]
+        negatives = [n for n in everyone if labels[n] != labels[i]]
         if not negatives:
             return nothing
-        if contrast == "nt_xent":
-            per_anchor += [torch.logsumexp(torch.stack([s[i][p], *negatives]), 0) - s[i][p] for p in positives]
+        if contrast == "nt_xent" and positives:
+            per_anchor.append(torch.logaddexp(s[positives], s[negatives].logsumexp(0)) - s[positives])
         elif positives:
-            others = torch.logsumexp(torch.stack([s[i][a] for a in everyone if a != i]), 0)
-            per_anchor.append(sum(others - s[i][p] for p in positives) / len(positives))
-    return sum(per_anchor) / len(per_anchor) if per_anchor else nothing
+            per_anchor.append((s[positives + negatives].logsumexp(0) - s[positives]).mean()[None])
+    return torch.cat(per_anchor).mean() if per_anchor else nothing
 
 
 def density_embeddings(

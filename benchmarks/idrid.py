@@ -23,6 +23,7 @@ IMAGES = "1. Original Images"
 MASKS = "2. All Segmentation Groundtruths"
 SPLITS = {"train": "a. Training Set", "test": "b. Testing Set"}
 LESIONS = {"MA": "1. Microaneurysms", "HE": "2. Haemorrhages", "EX": "3. Hard Exudates", "SE": "4. Soft Exudates"}
+MASKED = {**LESIONS, "OD": "5. Optic Disc"}
 
 Array = npt.NDArray[np.bool_]
 
@@ -44,12 +45,12 @@ def split_files(root: Path, split: str, lesion: str) -> list[Files]:
     Args:
         root: the folder that holds the images' and the masks' folders.
         split: "train" or "test".
-        lesion: "MA", "HE", "EX" or "SE".
+        lesion: "MA", "HE", "EX", "SE", or "OD", which is none but has masks as well.
 
     Raises:
         DataError: a folder is absent, holds no photograph, or no photograph has a mask.
     """
-    image_folder, mask_folder = Path(IMAGES, SPLITS[split]), Path(MASKS, SPLITS[split], LESIONS[lesion])
+    image_folder, mask_folder = Path(IMAGES, SPLITS[split]), Path(MASKS, SPLITS[split], MASKED[lesion])
     if not root.is_dir():
         raise DataError(f"--data must be the folder that holds '{IMAGES}' and '{MASKS}', but '{root}' is no folder")
     for folder in (image_folder, mask_folder):
@@ -95,12 +96,17 @@ def read_sample(files: Files, size: int) -> Sample:
             f"'{files.mask}' must be of its photograph's size, {width} x {height} pixels, but it is "
             f"{lesion.shape[1]} x {lesion.shape[0]}"
         )
-    scale = min(1, size / min(width, height))
-    reduced = max(1, round(width * scale)), max(1, round(height * scale))
-    if scale < 1:
+    reduced = reduced_size(image.size, size)
+    if reduced != image.size:
         image, lesion = image.resize(reduced, Image.Resampling.BOX), reduced_mask(lesion, reduced)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return Sample(files.image.stem, pixels, torch.from_numpy(lesion))
+
+
+def reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(width, height) with the short side reduced to so many pixels; a smaller size stays as it is."""
+    scale = min(1, short_side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def read_image(path: Path) -> Image.Image:

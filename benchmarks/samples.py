@@ -13,7 +13,7 @@ class Sample(NamedTuple):
 
     name: what to call it in messages and pictures.
     image: (3, H, W), uint8.
-    lesion: (H, W), bool.
+    lesion: (H, W), bool; in the study (K, H, W), of several masks.
     """
 
     name: str
@@ -42,17 +42,21 @@ def random_batch(samples: Sequence[Sample], count: int, side: int, generator: to
         images: (count, 3, side, side), float32.
         target: (count, 1, side, side), float32 of 0 and 1.
     """
-    crops = [_random_crop(samples, side, generator, over_lesion=i % 2 == 1) for i in range(count)]
+    crops = [random_crop(samples, side, generator, over_lesion=i % 2 == 1) for i in range(count)]
     images = torch.stack([image for image, _ in crops])
     target = torch.stack([lesion for _, lesion in crops]).unsqueeze(1)
     return network_input(images), target.float()
 
 
-def _random_crop(
+def random_crop(
     samples: Sequence[Sample], side: int, generator: torch.Generator, *, over_lesion: bool
 ) -> tuple[Tensor, Tensor]:
+    """A square crop of a random photograph, (3, side, side) uint8, and of its lesions, flipped at random.
+
+    Args: as random_batch; over_lesion: it lies over some lesion pixel, if there is one.
+    """
     sample = samples[_below(len(samples), generator)]
-    height, width = sample.lesion.shape
+    height, width = sample.lesion.shape[-2:]
     fill = (0, max(0, side - width), 0, max(0, side - height))
     image, lesion = F.pad(sample.image, fill), F.pad(sample.lesion, fill)
     top, left = _below(max(1, height - side + 1), generator), _below(max(1, width - side + 1), generator)
@@ -60,7 +64,8 @@ def _random_crop(
     if len(places):
         row, column = places[_below(len(places), generator)].tolist()
         top, left = _start_over(row, height, side, generator), _start_over(column, width, side, generator)
-    image, lesion = image[:, top : top + side, left : left + side], lesion[top : top + side, left : left + side]
+    window = (..., slice(top, top + side), slice(left, left + side))
+    image, lesion = image[window], lesion[window]
     flips = [axis for axis in (-2, -1) if _below(2, generator)]
     return image.flip(flips), lesion.flip(flips)
 

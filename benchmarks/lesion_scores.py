@@ -1,0 +1,100 @@
+"""How well a prediction finds the lesions of a photograph: counts per photograph, and metrics of any set of them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Array = npt.NDArray[np.bool_]
+SMALL = 25  # pixels; a component with fewer is a small lesion
+NEAR = 2  # pixels, Euclidean: how far a predicted boundary may lie from the true one
+EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
+
+
+def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
+    """What metrics are made of, for one photograph and lesion.
+
+    Args:
+        predicted: (H, W), bool.
+        lesion: (H, W), bool.
+        disc: (H, W), bool: the optic disc.
+
+    Returns:
+        tp, fp, fn: pixels.
+        small, small_found: lesions under SMALL pixels (8-connected), and those that one predicted pixel touches.
+        edge, edge_near: boundary pixels of the lesions, and those within NEAR of a predicted boundary pixel.
+        predicted_edge, predicted_edge_near: likewise of the prediction.
+        disc_fp: false positives inside the optic disc.
+    """
+    labels, number = ndimage.label(lesion, EIGHT)
+    sizes = np.bincount(labels.ravel(), minlength=number + 1)[1:]
+    touched = np.bincount(labels[predicted], minlength=number + 1)[1:] > 0
+    edge, predicted_edge = _boundary(lesion), _boundary(predicted)
+    wrong = predicted & ~lesion
+    return {
+        "tp": int((predicted & lesion).sum()),
+        "fp": int(wrong.sum()),
+        "fn": int((lesion & ~predicted).sum()),
+        "small": int((sizes < SMALL).sum()),
+        "small_found": int((touched & (sizes < SMALL)).sum()),
+        "edge": int(edge.sum()),
+        "edge_near": int((edge & _near(predicted_edge)).sum()),
+        "predicted_edge": int(predicted_edge.sum()),
+        "predicted_edge_near": int((predicted_edge & _near(edge)).sum()),
+        "disc_fp": int((wrong & disc).sum()),
+    }
+
+
+def metrics(photographs: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Metrics of some photographs' counts, 0 to 1 but for disc_fp; a mean is over photographs with a lesion.
+
+    Returns:
+        f1, iou: means of each photograph's.
+        f1_pixels, iou_pixels: over all pixels together.
+        small_recall: share of all small lesions that are found.
+        boundary_f1: mean of each photograph's.
+        disc_fp: false positive pixels inside the optic disc, per photograph.
+    """
+    total = {name: sum(p[name] for p in photographs) for name in photographs[0]}
+    shown = [p for p in photographs if p["tp"] + p["fn"] > 0]
+    return {
+        "f1": _mean([_f1(p) for p in shown]),
+        "iou": _mean([_iou(p) for p in shown]),
+        "f1_pixels": _f1(total),
+        "iou_pixels": _iou(total),
+        "small_recall": _ratio(total["small_found"], total["small"]),
+        "boundary_f1": _mean([_boundary_f1(p) for p in shown]),
+        "disc_fp": total["disc_fp"] / len(photographs),
+    }
+
+
+def _f1(p: Mapping[str, int]) -> float:
+    return _ratio(2 * p["tp"], 2 * p["tp"] + p["fp"] + p["fn"])
+
+
+def _iou(p: Mapping[str, int]) -> float:
+    return _ratio(p["tp"], p["tp"] + p["fp"] + p["fn"])
+
+
+def _boundary_f1(p: Mapping[str, int]) -> float:
+    recall, precision = _ratio(p["edge_near"], p["edge"]), _ratio(p["predicted_edge_near"], p["predicted_edge"])
+    return _ratio(2 * precision * recall, precision + recall)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _boundary(mask: Array) -> Array:
+    return np.asarray(mask & ~ndimage.binary_erosion(mask, EIGHT, border_value=1))
+
+
+def _near(edge: Array) -> Array:
+    if not edge.any():
+        return np.zeros_like(edge)
+    return np.asarray(ndimage.distance_transform_edt(~edge) <= NEAR)

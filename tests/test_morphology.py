@@ -34,6 +34,22 @@ def test_dilation_equals_scipy(way, mask, radius, footprint):
     np.testing.assert_array_equal(dilated.numpy(), scipy_dilation(mask.bool(), radius, footprint))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("footprint", FOOTPRINTS)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3), (2, 1, 2, 3)], ids=str)
+def test_masks_may_have_any_leading_axes(way, footprint, leading):
+    mask = torch.rand(*leading, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.1
+    dilated = WAYS[way](mask, 2, footprint)
+    np.testing.assert_array_equal(dilated.numpy(), scipy_dilation(mask, 2, footprint))
+
+
+@pytest.mark.parametrize(("device", "other_way"), [("cpu", "_pooled"), ("meta", "_shifted")])
+def test_the_cpu_shifts_copies_and_other_devices_pool(device, other_way, monkeypatch):
+    monkeypatch.setattr(morphology, other_way, None)
+    mask = torch.zeros(1, 5, 5, dtype=torch.bool, device=device)
+    assert dilation(mask, 1, "square").shape == mask.shape
+
+
 @given(masks(ignored=True), radii, footprints)
 def test_contours_equal_scipy(mask, radius, footprint):
     lesion, background = mask == 1, mask == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 CONTRASTS = ("nt_xent", "sup_con")
 # Similarities in a tile: few enough for a CPU's cache, enough for its threads to be worth waking.
-TILE = 2**19
+TILE = 524_288
 
 
 def contrast_loss(

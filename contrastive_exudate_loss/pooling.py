@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
-SPARSE = 1 / 8
+SPARSE = 0.125
 # Features to sum at a time where they are copied on the way, and where they are not: little memory, yet enough for a
 # CPU's threads.
-COPIED, READ = 2**20, 2**23
+COPIED, READ = 1_048_576, 8_388_608
 
 
 def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:

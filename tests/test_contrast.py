@@ -228,6 +228,44 @@ def test_all_ways_give_a_contiguous_gradient_of_any_input(contrast):
         assert way(z, ones, ~ones, 0.05, contrast, True)[1].is_contiguous()
 
 
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_all_ways_give_an_empty_gradient_where_none_is_asked_for(contrast):
+    z = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
+    ones = torch.arange(9) < 4
+    for way in WAYS.values():
+        loss, gradient = way(z, ones, ~ones, 0.05, contrast, False)
+        torch.testing.assert_close(loss, way(z, ones, ~ones, 0.05, contrast, True)[0])
+        assert gradient.shape == (0,)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 50])
+def test_tiles_of_masks_hold_as_many_rows_as_eight_tiles_of_pairs(total, monkeypatch):
+    monkeypatch.setattr(module, "TILE", 13)
+    shapes = []
+    monkeypatch.setitem(module._ROWS, "nt_xent", lambda pos, neg: shapes.append(pos.shape) or pos.new_zeros(()))
+    labels = torch.arange(total) % 2 > 0
+    module._by_mask(torch.zeros(total, 2), labels, ~labels, 1.0, "nt_xent", False, range(total))
+    assert sum(rows for rows, _ in shapes) == total
+    rows = max(rows for rows, _ in shapes)
+    assert rows == total or rows * total <= 8 * 13 < (rows + 1) * total
+
+
+@pytest.mark.parametrize("total", [2, 3, 6, 30])
+def test_tiles_of_pairs_hold_every_pair_once_and_no_more_than_a_tile(total, monkeypatch):
+    monkeypatch.setattr(module, "TILE", 13)
+    vectors = torch.randn(total, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.full((total, total), math.nan, dtype=torch.float64)
+    buffer = vectors.new_empty(max(13, total))
+    for row, column, tile in module._pairs(vectors, 0.5, buffer, fill=math.inf):
+        left = total - row.start
+        assert len(tile) == min(left, max(1, 13 // left))
+        filled = tile == math.inf
+        seen[row, column][~filled] = seen[row, column][~filled].nan_to_num(0) + tile[~filled]
+    upper = torch.ones_like(seen, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(seen[upper], (vectors @ vectors.T / 0.5)[upper])
+    assert seen[~upper].isnan().all()
+
+
 @given(batches(), st.integers(1, 5))
 def test_best_of_each_label_equals_sorting(batch, limit):
     _, labels, present = batch
@@ -242,6 +280,7 @@ def test_best_of_each_label_equals_sorting(batch, limit):
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31), st.sampled_from([-30.0, -12.0, -5.0, 0.0, 5.0]))
+@example(41, 0, 0.0)  # 64 values at once and 59 alone
 def test_sum_of_softplus_equals_its_terms_to_float32_rounding(width, seed, level):
     x = level + torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
     x[0, 0] = -math.inf  # no pair

@@ -152,7 +152,7 @@ class FeatureTap:
 
     def _watching(self, name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._running or torch.compiler.is_compiling() or _recomputing():
+            if not self._running or torch.compiler.is_compiling():
                 return
             given = _first_tensor(args, kwargs)
             if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
@@ -194,7 +194,6 @@ class FeatureTap:
         self._keep_input_of(name, module)
         self._features = _channels_second(module, features)
         self._runs = sum(module is other for _, other, _ in self._seen.values())
-        self._taken = False
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
         self._layer_name = name
@@ -211,7 +210,6 @@ class FeatureTap:
             )
         self._features = _channels_second(layer, given)
         self._runs = self._runs + 1 if self._running else 1
-        self._taken = False
 
 
 def of_one_pass(logits: Tensor, features: Tensor) -> bool:

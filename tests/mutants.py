@@ -41,7 +41,7 @@ TESTS = {
     "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
     "contrast": ["test_contrast.py"],
     "distributed": ["test_distributed.py"],
-    "features": ["test_features.py"],
+    "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused"],
     "losses": [
         "test_checks.py",
         "test_modules.py",

@@ -201,6 +201,38 @@ def test_a_second_take_is_refused_until_the_next_forward():
     criterion(net(IMAGES), TARGET)
 
 
+@pytest.mark.parametrize("way", ["take", "drop"])
+def test_features_that_a_criterion_let_go_are_gone_until_the_next_pass(way):
+    net = Net()
+    tap = FeatureTap(net, "head")
+    tap.drop()
+    with pytest.raises(RuntimeError, match="the tap has no features"):
+        _ = tap.features
+    for _ in range(2):
+        net(IMAGES)
+        getattr(tap, way)()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="taken by a criterion already"):
+                _ = tap.features
+            tap.drop()
+    net.head(body(net))
+    torch.testing.assert_close(tap.features, body(net))
+
+
+def test_detached_logits_are_taken():
+    net = Net()
+    tap = FeatureTap(net, "head")
+    criterion = CombinedExudateLoss(features=tap)
+    logits = net(IMAGES).detach()
+    torch.testing.assert_close(criterion(logits, TARGET), CombinedExudateLoss()(logits, TARGET, body(net)))
+
+
+def test_three_near_names_are_given():
+    net = Net(**{f"side{n}": nn.Conv2d(6, 1, 1) for n in range(5)})
+    with pytest.raises(ValueError, match=r"got 'side'; near to it: 'side\d', 'side\d', 'side\d'$"):
+        FeatureTap(net, "side")
+
+
 def test_validation_without_gradients_works_once_the_layer_is_known():
     net = Net()
     criterion = CombinedExudateLoss(features=FeatureTap(net))

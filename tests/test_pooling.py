@@ -55,6 +55,8 @@ def blank(batch, channels, cells, masks, pixels):
 @example((*blank(1, 2, 2, 1, 16), (4, 4)))  # stride 8, several patches in a cell
 @example((*blank(1, 2, 7, 1, 20), (5, 5)))  # a stride that divides nothing
 @example((*blank(1, 2, 23, 1, 20), (6, 6)))  # features larger than the target
+@example((*blank(1, 2, 20, 1, 20), (6, 6)))  # partial patches
+@example((*blank(1, 2, 10, 2, 20), (6, 8)))  # partial patches at stride 2
 def test_masked_sums_equal_loops(case):
     features, mask, sides = case
     features.requires_grad_()
@@ -153,12 +155,45 @@ def test_a_full_mask_sends_each_pixel_the_gradient_of_its_own_patch(side):
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 24), (1, 7, 12), (3, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_pixels_are_those_that_are_not_0(shape, dtype, share):
+@pytest.mark.parametrize("turned", [False, True])
+def test_pixels_are_those_that_are_not_0(shape, dtype, share, turned):
     noise = torch.rand(shape[0], 2, *shape[1:], generator=torch.Generator().manual_seed(0)) < share
     weights = noise.to(dtype)[:, 1]
+    if turned:  # neighbours in a row lie apart
+        weights = weights.mT.contiguous().mT
     found = [torch.stack(indices, 1) for indices in pooling._pixels(weights, pooling.COPIED // 20)]
     assert sorted(torch.cat(found).tolist()) == weights.nonzero().tolist()
-    assert all(len(chunk) <= 5 for chunk in found)
+    assert all(len(chunk) == 5 for chunk in found[:-1])
+    assert len(found[-1]) <= 5
+
+
+@pytest.mark.parametrize("limit", [1, 40, 95, 96, 200, 10**6])
+def test_chunks_hold_as_many_rows_of_patches_as_fit_and_one_at_least(limit):
+    features, slots, grid_rows = torch.zeros(2, 3, 18, 4), (4, 4), 5
+    chunks = pooling._row_chunks(features, slots, grid_rows, limit)
+    assert [y for _, patches in chunks for y in range(patches.start, patches.stop)] == list(range(grid_rows))
+    fitting = max(1, sum(n * 2 * 3 * 4 * 4 <= limit for n in range(1, grid_rows + 1)))
+    assert all(patches.stop - patches.start == fitting for _, patches in chunks[:-1])
+    for rows, patches in chunks:
+        assert (rows.start, rows.stop) == (4 * patches.start, 4 * patches.stop)
+        assert 0 < patches.stop - patches.start <= fitting
+
+
+@pytest.mark.parametrize(
+    ("pixels", "cells", "side", "as_they_are"),
+    [
+        (16, 16, 5, True),
+        (16, 4, 8, True),
+        (12, 4, 3, True),
+        (18, 6, 12, True),
+        (16, 4, 6, False),  # a cell in two patches
+        (16, 2, 4, False),
+        (20, 7, 20, False),  # no stride
+        (20, 40, 4, False),
+    ],
+)
+def test_features_are_read_as_they_are_where_each_cell_is_whole_and_in_one_patch(pixels, cells, side, as_they_are):
+    assert (pooling._axis(pixels, cells, side, torch.device("cpu")).cell is None) == as_they_are
 
 
 @given(cases())

@@ -12,6 +12,8 @@ from idrid import LESIONS
 
 # The network halves its input three times.
 STRIDE = 8
+# Pixels of a real photograph's short side, unless --size says otherwise.
+SIZE = 512
 
 
 def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespace:
@@ -22,18 +24,27 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
         help_text: what --help says first.
 
     Returns:
-        data, lesion, size, steps, batch, crop, norm, seed, device, alpha, beta, patch_size, output, json; lesion and
-        size are None without data.
+        data, lesion, size, steps, batch, crop, norm, seed, device, alpha, beta, patch_size, output, json, save,
+        eval_only, images, masks; lesion is None without data, size without data or images.
     """
     parser = argparse.ArgumentParser(description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_options(parser)
     _add_training_options(parser)
     _add_output_options(parser)
+    _add_evaluation_options(parser)
     options = parser.parse_args(arguments)
+    evaluation = options.eval_only, options.images, options.masks
+    if any(value is None for value in evaluation) and any(value is not None for value in evaluation):
+        parser.error("--eval-only, --images and --masks belong together: give all three or none")
+    if options.eval_only is not None:
+        if options.data is not None or options.lesion is not None:
+            parser.error("--data and --lesion are of training; --eval-only takes --images and --masks")
+        options.size = options.size or SIZE
+        return options
     if options.batch % ranks.count():
         parser.error(f"--batch must be a multiple of the {ranks.count()} processes, got {options.batch}")
     if options.data is not None:
-        options.lesion, options.size = options.lesion or "EX", options.size or 512
+        options.lesion, options.size = options.lesion or "EX", options.size or SIZE
         return options
     for name in ("lesion", "size"):
         if getattr(options, name) is not None:
@@ -91,7 +102,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=whole_number(32),
         metavar="PIXELS",
-        help="reduce the short side of --data's to this (default: 512)",
+        help=f"reduce the short side of --data's or --images' to this (default: {SIZE})",
     )
 
 
@@ -138,6 +149,19 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=picture_file, default="train.png", metavar="PNG", help="picture (default: %(default)s)"
     )
     output.add_argument("--json", type=writable_file, metavar="FILE", help="file for the figures (default: none)")
+    output.add_argument("--save", type=writable_file, metavar="FILE", help="file for both networks (default: none)")
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    evaluation = parser.add_argument_group("evaluation of saved networks on other photographs, without training")
+    evaluation.add_argument("--eval-only", type=Path, metavar="FILE", help="networks that --save has written")
+    evaluation.add_argument("--images", type=Path, metavar="DIR", help="photographs")
+    evaluation.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="lesion masks of the photographs' names, such as C01_EX.png for C01.jpg",
+    )
 
 
 def _weight(text: str) -> float:

@@ -7,10 +7,15 @@ Prints a table, and writes one PNG and, if asked, the figures as JSON.
     python benchmarks/train.py
     python benchmarks/train.py --data "A. Segmentation" --lesion EX --json figures.json
     torchrun --nproc-per-node 2 benchmarks/train.py --norm group
+    python benchmarks/train.py --data "A. Segmentation" --save networks.pt
+    python benchmarks/train.py --eval-only networks.pt --images photographs --masks lesions
 
 With torchrun each process trains on its share of every batch, the contrast is over the whole, and the first process
 evaluates and writes. With group norm the loss curve is that of one process, to rounding; batch norm takes the
 statistics of each share.
+
+With --eval-only nothing is trained: the networks that --save has written are judged on other photographs, reduced like
+--data's. A photograph without a mask counts as without lesion.
 
 F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
 Seconds per step (median and quartiles) are of forward, loss, backward and optimiser, not of cutting the crops out.
@@ -31,6 +36,8 @@ from collections.abc import Callable, Iterator, Sequence
 import segmentation_models_pytorch as smp
 import torch
 from cost import PeakMemory, loss_share, quartiles, timed
+from evaluation import evaluation_table, lesion_metrics, save, saved_networks
+from folders import paired_files
 from idrid import DataError, Files, read_samples, split_files
 from options import STRIDE, parsed
 from picture import write_picture
@@ -56,19 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison that the command line asks for; the process's exit code."""
     options = parsed(arguments, __doc__ or "")
     with process_group(options.device), contextlib.redirect_stdout(io.StringIO() if rank() else sys.stdout):
-        return _compared(options)
+        try:
+            return _compared(options) if options.eval_only is None else _evaluated(options)
+        except DataError as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
 
 
 def _compared(options: argparse.Namespace) -> int:
-    try:
-        data = _synthetic_data(options) if options.data is None else _idrid_data(options)
-    except DataError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    data = _synthetic_data(options) if options.data is None else _idrid_data(options)
     model = _network(options.seed, options.norm).to(options.device)
-    arms, predicted = {}, {}
+    arms, predicted, states = {}, {}, {}
     for name in ARMS:
-        arms[name], predicted[name] = _trained(name, copy.deepcopy(model), options, data)
+        arms[name], predicted[name], states[name] = _trained(name, copy.deepcopy(model), options, data)
     if rank():
         return 0
     print(table(arms, data))
@@ -78,11 +85,36 @@ def _compared(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(figures(options, data, arms), indent=2) + "\n")
         print(f"figures: {options.json}")
+    if options.save is not None:
+        save(options.save, options.norm, states)
+        print(f"networks: {options.save}")
     return 0
 
 
-def _trained(name: str, model: nn.Module, options: argparse.Namespace, data: Data) -> tuple[Arm, list[Tensor]]:
-    """What one training gave, and its held-out lesion probabilities."""
+def _evaluated(options: argparse.Namespace) -> int:
+    networks = saved_networks(options.eval_only, lambda norm: _network(options.seed, norm))
+    samples = _read(paired_files(options.images, options.masks), options.size, "photographs")
+    arms, predicted = {}, {}
+    for name, model in networks.items():
+        predicted[name] = predictions(model.to(options.device), samples, STRIDE, options.device)
+        scored = scores(predicted[name], samples, average_precision_thresholds(samples))
+        arms[name] = lesion_metrics(predicted[name], samples, scored)
+    print(f"photographs: {len(samples)}, with lesion: {sum(bool(sample.lesion.any()) for sample in samples)}")
+    print(evaluation_table(arms))
+    write_picture(
+        options.output, samples, predicted, {n: arm["f1_pixels"] for n, arm in arms.items()}, _contrastive(options)
+    )
+    print(f"picture: {options.output}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(arms, indent=2) + "\n")
+        print(f"figures: {options.json}")
+    return 0
+
+
+def _trained(
+    name: str, model: nn.Module, options: argparse.Namespace, data: Data
+) -> tuple[Arm, list[Tensor], dict[str, Tensor]]:
+    """What one training gave, its held-out lesion probabilities, and the weights behind them."""
     tap = None if name == ARMS[0] else FeatureTap(model)
     criterion = nn.BCEWithLogitsLoss() if tap is None else _contrastive(options, tap)
     step = _training_step(averaging_gradients(model), criterion, options.steps)
@@ -98,8 +130,9 @@ def _trained(name: str, model: nn.Module, options: argparse.Namespace, data: Dat
     judged = [] if rank() else data.held_out
     predicted = predictions(model, judged, STRIDE, options.device)
     scored = scores(predicted, judged, average_precision_thresholds(judged))
+    state = copy.deepcopy(model.state_dict())  # the next steps go on training
     share = loss_share(step, model.train(), criterion, tap, itertools.islice(batches, SHARE_STEPS))
-    return Arm(scored, quartiles(seconds), share, peak, memory.meaning, losses), predicted
+    return Arm(scored, quartiles(seconds), share, peak, memory.meaning, losses), predicted, state
 
 
 def _network(seed: int, norm: str) -> nn.Module:

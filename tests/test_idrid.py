@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import folders
 import idrid
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -192,3 +194,19 @@ def test_the_real_mask_with_alpha_reads_as_1_to_10_percent_lesion():
     sample = idrid.read_sample(last, 512)
     assert sample.image.shape == (3, 512, 771)
     assert 0.01 < sample.lesion.float().mean() < 0.1
+
+
+@pytest.mark.skipif("IDRID" not in os.environ, reason="set IDRID to the folder of the data set")
+def test_a_slice_of_it_reads_the_same_in_folders_of_another_data_set(tmp_path):
+    files = idrid.split_files(Path(os.environ["IDRID"]), "test", "EX")[:2]
+    samples = list(idrid.read_samples(files, 256))
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for n, sample in enumerate(samples):
+        Image.fromarray(sample.image.movedim(0, 2).numpy()).save(tmp_path / "images" / f"C{n:04}.png")
+        Image.fromarray(255 * sample.lesion.byte().numpy()).save(tmp_path / "masks" / f"C{n:04}_EX.png")
+    converted = folders.paired_files(tmp_path / "images", tmp_path / "masks")
+    for sample, again in zip(samples, idrid.read_samples(converted, 256), strict=True):
+        assert torch.equal(sample.image, again.image)
+        assert torch.equal(sample.lesion, again.lesion)
+        assert sample.lesion.any()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import idrid
 import numpy as np
 import options
 import pytest
@@ -171,6 +172,12 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
         (["--json", "."], "--json: must be a file in a folder that can be written to, got '.'"),
         (["--lesion", "EX"], "--lesion is of real photographs only; give their folder with --data"),
         (["--size", "64"], "--size is of real photographs only; give their folder with --data"),
+        (["--images", ".", "--masks", "."], "--eval-only, --images and --masks belong together"),
+        (["--eval-only", "x", "--masks", "."], "--eval-only, --images and --masks belong together"),
+        (
+            ["--eval-only", "x", "--masks", ".", "--images", ".", "--lesion", "EX"],
+            "--data and --lesion are of training; --eval-only takes --images and --masks",
+        ),
         (["--data", ".", "--lesion", "OD"], "invalid choice: 'OD'"),
     ],
 )
@@ -219,6 +226,36 @@ def test_two_processes_give_the_curves_of_one(tmp_path):
     assert len(set(curves[0])) == 4  # steps 0 and 10 of both arms
     assert curves[1][::2] == pytest.approx(curves[0][::2], rel=1e-5)
     assert curves[1] == pytest.approx(curves[0], rel=0.03)  # Adam's first steps magnify what rounding leaves of nothing
+
+
+def test_saved_networks_score_the_same_on_the_same_photographs_in_other_folders(tmp_path, capsys):
+    fake_idrid(tmp_path)
+    figures, _ = run(tmp_path, "--data", str(tmp_path), "--size", "48", "--save", str(tmp_path / "networks.pt"))
+    images = tmp_path / idrid.IMAGES / idrid.SPLITS["test"]
+    masks = tmp_path / idrid.MASKS / idrid.SPLITS["test"] / idrid.MASKED["EX"]
+    folders = ["--images", str(images), "--masks", str(masks)]
+    capsys.readouterr()
+    found, code = run(tmp_path, "--eval-only", str(tmp_path / "networks.pt"), *folders, "--size", "48")
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "photographs: 2, with lesion: 1" in printed
+    for name in train.ARMS:
+        arm, before = found[name], figures["arms"][name]
+        got = [arm[key] for key in ("f1_pixels", "iou_pixels", "average_precision")]
+        assert got == pytest.approx([before[key] for key in ("f1", "iou", "average_precision")])
+        assert f"{arm['average_precision']:.3f}" in printed
+    assert found["BCE"] != found["BCE + contrast"]
+
+
+def test_a_file_without_networks_is_said_in_one_sentence(tmp_path, capsys):
+    fake_idrid(tmp_path)
+    for name, content in (("torn.pt", b"torn"), ("absent.pt", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert run(tmp_path, "--eval-only", str(tmp_path / name), "--images", ".", "--masks", ".")[1] == 2
+        said = capsys.readouterr().err
+        assert said.startswith("train.py: error: --eval-only must be a file that --save has written, but ")
+        assert said.count("\n") == 1
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):

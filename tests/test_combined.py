@@ -26,7 +26,7 @@ def test_combined_weighs_its_parts(data):
     features = data.draw(features_for(len(target), side=(1, 12))).requires_grad_()
     logits = torch.randn(target.shape, dtype=torch.float64, requires_grad=True)
     alpha, beta = data.draw(st.sampled_from([(0.02, 0.1), (1.0, 0.0), (0.0, 2.0), (0.5, 0.5)]))
-    sides = data.draw(st.sampled_from([(4, 4), (4, 5)]))  # one pooling for both terms, or two
+    sides = data.draw(st.sampled_from([(4, 4), (4, 5), (5, 4)]))  # one pooling for both terms, or two
     criterion = CombinedExudateLoss(
         alpha,
         beta,

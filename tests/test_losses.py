@@ -165,9 +165,9 @@ def test_a_patch_at_the_density_threshold_is_sparse():
     features = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     losses = [
         PatchEdgeContrastLoss(8, inner_radius=radius, outer_radius=1, density_threshold=threshold)(features, target)
-        for radius, threshold in (((1, 3), 0.5), (1, None), ((1, 3), 0.49), (3, None))
+        for radius, threshold in (((1, 3), 0.5), ((1, 3), 0.51), (1, None), ((1, 3), 0.49), (3, None))
     ]
-    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert losses[0] == losses[1] == losses[2] != losses[3] == losses[4]
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])

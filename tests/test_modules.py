@@ -1,8 +1,10 @@
 """The losses as modules: copies, repr, inputs and tensor subclasses."""
 
 import copy
+import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -48,6 +50,13 @@ def test_copies_give_the_same_loss(name, way):
         assert not other.state_dict()
     assert torch.equal(other(*arguments), wanted)
     assert repr(other) == repr(module)
+
+
+@pytest.mark.parametrize("name", ["density", "edge"])
+def test_repr_shows_the_options_that_are_set_and_nothing_else(name):
+    module = MODULES[name]
+    options = [option for option in inspect.signature(type(module)).parameters if getattr(module, option) is not None]
+    assert sorted(re.findall(r"(\w+)=", repr(module))) == sorted(options)
 
 
 def test_repr_names_options_parts_and_a_supervised_function():

@@ -69,5 +69,5 @@ def test_a_thousand_steps_of_changing_sizes_leave_memory_where_it_was():
     before = living(), resident()
     steps(1000)
     after = living(), resident()
-    assert after[0] == before[0]
+    assert after[0] <= before[0]  # what earlier tests left may go meanwhile
     assert after[1] - before[1] < 20e6  # a leak of one feature map a step would be 35 MB, of a graph more

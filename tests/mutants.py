@@ -52,6 +52,7 @@ TESTS = {
         "test_hecl.py",
         "test_features.py",
         "test_devices.py",
+        "test_distributed.py::test_on_the_cpu_each_process_contrasts_the_whole",
         "test_distributed.py::test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch",
         "test_distributed.py::test_each_rank_draws_its_own_patches",
     ],

@@ -85,6 +85,13 @@ def test_a_layer_of_one_input_channel_is_passed():
         assert tap.features.shape == (2, 6, 16, 16)
 
 
+def test_a_layer_of_two_input_channels_is_tapped():
+    net = Net(lambda net, x: net.last(net.two(net.body(x))), two=nn.Conv2d(6, 2, 1), last=nn.Conv2d(2, 1, 1))
+    with FeatureTap(net) as tap:
+        net(IMAGES)
+        torch.testing.assert_close(tap.features, net.two(body(net)))
+
+
 def test_several_layers_are_named():
     net = Net(lambda net, x: net.head(net.body(x)) + net.side(x), side=nn.Conv2d(3, 1, 1))
     FeatureTap(net)
@@ -225,6 +232,13 @@ def test_detached_logits_are_taken():
     criterion = CombinedExudateLoss(features=tap)
     logits = net(IMAGES).detach()
     torch.testing.assert_close(criterion(logits, TARGET), CombinedExudateLoss()(logits, TARGET, body(net)))
+
+
+def test_a_leaf_may_be_the_features():
+    net = Net()
+    images = IMAGES.clone().requires_grad_()
+    loss = CombinedExudateLoss(features=FeatureTap(net, "body.0"))(net(images), TARGET)
+    torch.testing.assert_close(loss, CombinedExudateLoss()(net(images), TARGET, images))
 
 
 def test_three_near_names_are_given():

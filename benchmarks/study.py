@@ -1,16 +1,16 @@
 """Does it help? The runs of docs/results.md, one after the other; each appends a line to a file.
 
     python benchmarks/study.py --data PATH --question a
-    python benchmarks/study.py --data PATH --question a --part 1/2 &  # two side by side
-    python benchmarks/study.py --data PATH --question a --part 2/2
 
-A run whose line is in the file is not done again, so that work split over days adds up; summary.py reads the file.
+A run whose line is in the file is not done again, and one that another process is at is left to it: work split over
+days, or among as many processes as there are processors, adds up; summary.py reads the file.
 Every arm of a seed begins with the same weights and sees the same crops. A seed holds out a fifth of the training
 photographs, on which the curve is measured; the test photographs are looked at once, at the end, and not at all where
 the question is one of choice.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -177,12 +177,17 @@ def _rate(progress: float, step: int) -> float:
 
 
 def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Arm and seed of this part's runs that the file does not hold, seed by seed."""
-    runs = itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms)
-    part, parts = options.part
-    for i, (seed, name) in enumerate(runs):
-        if i % parts == part and (name, seed) not in finished(options.results, tested=question.tested):
-            yield name, seed
+    """Arm and seed of the runs that the file does not hold and no other process is at, seed by seed."""
+    claims = options.cache / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    for seed, name in itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms):
+        with (
+            (claims / f"{name.replace('/', 'by')}, seed {seed}").open("w") as claim,
+            contextlib.suppress(BlockingIOError),
+        ):
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+            if (name, seed) not in finished(options.results, tested=question.tested):
+                yield name, seed
 
 
 def finished(results: Path, *, tested: bool) -> set[tuple[str, int]]:
@@ -204,22 +209,11 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _part(text: str) -> tuple[int, int]:
-    try:
-        part, parts = (int(number) for number in text.split("/"))
-    except ValueError:
-        part, parts = 0, 0
-    if not 1 <= part <= parts:
-        raise argparse.ArgumentTypeError(f"must be like 1/2, got {text!r}")
-    return part - 1, parts
-
-
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
     parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/results.md")
     parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
-    parser.add_argument("--part", type=_part, default="1/1", help="which of how many processes (default: %(default)s)")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of reduced photographs")

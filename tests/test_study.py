@@ -1,6 +1,7 @@
 """The study runs, goes on where it stopped, pairs its arms, and its summary says what its lines say."""
 
 import dataclasses
+import fcntl
 import json
 
 import pytest
@@ -85,11 +86,14 @@ def test_a_question_of_choice_leaves_the_test_photographs_alone(folder):
     assert len(run(folder, "--question", "a", "--seeds", "1")) == 4
 
 
-def test_parts_share_the_runs_out(folder):
-    assert {(line["arm"], line["seed"]) for line in run(folder, "--question", "a", "--part", "1/2")} == {
-        ("bce", 0), ("bce", 1),
-    }  # fmt: skip
-    assert len(run(folder, "--question", "a", "--part", "2/2")) == 4
+def test_a_run_that_another_process_is_at_is_left_to_it(folder):
+    claims = folder / "cache" / "claims"
+    claims.mkdir(parents=True)
+    with (claims / "bce, seed 1").open("w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        lines = run(folder, "--question", "a")
+    assert sorted((line["arm"], line["seed"]) for line in lines) == [("bce", 0), ("both", 0), ("both", 1)]
+    assert len(run(folder, "--question", "a")) == 4
 
 
 def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkeypatch):
@@ -105,13 +109,6 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
     arguments = ["--data", str(tmp_path / "no"), "--question", "a", "--cache", str(tmp_path), "--results"]
     assert study.main([*arguments, str(tmp_path / "lines")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
-def test_a_part_that_makes_no_sense_is_refused(part, capsys):
-    with pytest.raises(SystemExit):
-        study.main(["--data", ".", "--question", "a", "--part", part])
-    assert f"must be like 1/2, got '{part}'" in capsys.readouterr().err
 
 
 def test_the_learning_rate_rises_and_falls_to_0():

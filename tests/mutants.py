@@ -37,6 +37,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+TOGETHER = "test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch"
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
     "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
@@ -53,8 +54,8 @@ TESTS = {
         "test_features.py",
         "test_devices.py",
         "test_distributed.py::test_on_the_cpu_each_process_contrasts_the_whole",
-        "test_distributed.py::test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch",
-        "test_distributed.py::test_each_rank_draws_its_own_patches",
+        f"test_distributed.py::{TOGETHER}[density, the best-(1, 5)]",
+        f"test_distributed.py::{TOGETHER}[edge, of images-(3, 3)]",
     ],
     "morphology": ["test_morphology.py"],
     "patches": ["test_patches.py"],
@@ -112,10 +113,10 @@ def main() -> None:
 def test_of(module: str, folder: Path, most: int | None, again: bool) -> list[str]:
     """The diffs of the survivors, after a line of figures on the screen."""
     path = Path("contrastive_exudate_loss", f"{module}.py")
-    started = not folder.exists()
+    started = not (folder / "session.sqlite").exists()
     if not started and (folder / "origin.py").read_bytes() != (ROOT / path).read_bytes():
         sys.exit(f"{module} has changed since its mutants were made: remove {folder}")
-    for name in ("contrastive_exudate_loss", "tests"):
+    for name in ("contrastive_exudate_loss", "tests", "docs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
     shutil.copy(ROOT / "pyproject.toml", folder)

@@ -19,33 +19,53 @@ class Difference(NamedTuple):
     interval: tuple[float, float] | None
 
 
-def over_seeds(runs: Sequence[Run], others: Sequence[Run], metric: str) -> Difference:
-    """Of runs and others of the same seeds: the mean difference in a test metric, with a paired t interval."""
-    by_seed = {run["seed"]: run["test"][metric] for run in others}
-    paired = [run["test"][metric] - by_seed[run["seed"]] for run in runs if run["seed"] in by_seed]
-    mean = float(np.mean(paired))
-    if len(paired) < 2:
+def paired(runs: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs and others of the same seed."""
+    by_seed = {run["seed"]: run for run in others}
+    return [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+
+
+def over_seeds(pairs: Sequence[tuple[Run, Run]], metric: str, *, tested: bool = True) -> Difference:
+    """Mean difference in a metric, with a paired t interval.
+
+    Args:
+        pairs: at least one.
+        metric: of lesion_scores.metrics, or average_precision.
+        tested: on the test photographs, else on the validation fold after the last step.
+    """
+    values = [[(run["test"] if tested else run["curve"][-1])[metric] for run in pair] for pair in pairs]
+    differences = [one - other for one, other in values]
+    mean = float(np.mean(differences))
+    if len(pairs) < 2:
         return Difference(mean, None)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1) * np.std(paired, ddof=1) / len(paired) ** 0.5)
+    error = float(np.std(differences, ddof=1)) / len(pairs) ** 0.5
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * error
     return Difference(mean, (mean - half, mean + half))
 
 
-def over_photographs(runs: Sequence[Run], others: Sequence[Run], metric: str) -> Difference:
+def over_photographs(pairs: Sequence[tuple[Run, Run]], metric: str) -> Difference:
     """As over_seeds, with a bootstrap interval: the test photographs drawn with replacement, the same for all runs."""
-    by_seed = {run["seed"]: _counts(run) for run in others}
-    pairs = [(_counts(run), by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    counts = [[_by_lesion(run) for run in pair] for pair in pairs]
 
     def difference(drawn: Sequence[int]) -> float:
-        both = [[metrics([counts[i] for i in drawn])[metric] for counts in pair] for pair in pairs]
-        return float(np.mean([one - other for one, other in both]))
+        values = [[_mean_metric(lesions, drawn, metric) for lesions in pair] for pair in counts]
+        return float(np.mean([one - other for one, other in values]))
 
-    number = len(pairs[0][0])
+    number = len(counts[0][0][0])
     generator = np.random.default_rng(0)
     draws = [difference(generator.integers(number, size=number).tolist()) for _ in range(RESAMPLED)]
     lower, upper = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(difference(range(number)), (float(lower), float(upper)))
 
 
-def _counts(run: Run) -> list[Mapping[str, int]]:
-    """Of each photograph, by its place in the list, the same in every run."""
-    return [{name: value for name, value in p.items() if isinstance(value, int)} for p in run["test"]["photographs"]]
+def _mean_metric(lesions: Sequence[Sequence[Mapping[str, int]]], drawn: Sequence[int], metric: str) -> float:
+    return float(np.mean([metrics([photographs[i] for i in drawn])[metric] for photographs in lesions]))
+
+
+def _by_lesion(run: Run) -> list[list[Mapping[str, int]]]:
+    """Of each lesion the counts of each photograph, which stand in the same order in every run."""
+    found: dict[str, list[Mapping[str, int]]] = {}
+    for photograph in run["test"]["photographs"]:
+        numbers = {name: value for name, value in photograph.items() if isinstance(value, int)}
+        found.setdefault(photograph["lesion"], []).append(numbers)
+    return list(found.values())

@@ -14,13 +14,13 @@ from tables import aligned
 from torch import Tensor, nn
 
 ROWS = {
-    "f1": "F1, mean over photographs",
-    "iou": "IoU, mean over photographs",
+    "f1": "F1, mean over photographs with a lesion",
+    "iou": "IoU, mean over photographs with a lesion",
     "f1_pixels": "F1, all pixels",
     "iou_pixels": "IoU, all pixels",
     "average_precision": "average precision, all pixels",
-    "small_recall": "small lesions found",
-    "boundary_f1": "boundary F1, mean over photographs",
+    "small_recall": "small-lesion recall",
+    "boundary_f1": "boundary F1, mean over photographs with a lesion",
 }
 
 
@@ -42,18 +42,19 @@ def saved_networks(path: Path, make: Callable[[str], nn.Module]) -> dict[str, nn
             networks[name] = make(saved["norm"])
             networks[name].load_state_dict(state)
     except Exception as error:  # a file may be broken in as many ways as torch.load has errors
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"--eval-only must be a file that --save has written, but '{path}' is not: {reason}") from error
     return networks
 
 
 def lesion_metrics(probabilities: Sequence[Tensor], samples: Sequence[Sample], scored: Scores) -> dict[str, float]:
     """Metrics of ROWS at probability 0.5, from (H, W) probabilities; average precision is that of the scores."""
-    nowhere = [
+    found = [
         counts(np.asarray(probability > 0.5), np.asarray(sample.lesion), np.zeros(sample.lesion.shape, bool))
         for probability, sample in zip(probabilities, samples, strict=True)
     ]
-    return {**metrics(nowhere), "average_precision": scored.average_precision}
+    values = {**metrics(found), "average_precision": scored.average_precision}
+    return {name: values[name] for name in ROWS}  # there is no optic disc
 
 
 def evaluation_table(arms: Mapping[str, Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ def paired_files(images: Path, masks: Path) -> list[Files]:
 
 
 def _belongs(name: str, stem: str) -> bool:
-    return name.startswith(stem) and name[len(stem)] in "_-."
+    return name.startswith(stem) and name[len(stem) :].startswith(("_", "-", "."))
 
 
 def _pictures(option: str, folder: Path) -> list[Path]:

@@ -89,18 +89,28 @@ def read_sample(files: Files, size: int) -> Sample:
         DataError: a file cannot be read, or the mask is not of the photograph's size.
     """
     image = read_image(files.image)
-    width, height = image.size
+    lesion = read_lesion(files, image.size)
+    reduced = reduced_size(image.size, size)
+    if reduced != image.size:
+        image, lesion = image.resize(reduced, Image.Resampling.BOX), reduced_mask(lesion, reduced)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return Sample(files.image.stem, pixels, torch.from_numpy(lesion))
+
+
+def read_lesion(files: Files, size: tuple[int, int]) -> Array:
+    """The mask of a photograph of so many pixels (width, height), nothing where it has none; (H, W), bool.
+
+    Raises:
+        DataError: the file cannot be read, or the mask is not of the photograph's size.
+    """
+    width, height = size
     lesion = np.zeros((height, width), bool) if files.mask is None else read_mask(files.mask)
     if lesion.shape != (height, width):
         raise DataError(
             f"'{files.mask}' must be of its photograph's size, {width} x {height} pixels, but it is "
             f"{lesion.shape[1]} x {lesion.shape[0]}"
         )
-    reduced = reduced_size(image.size, size)
-    if reduced != image.size:
-        image, lesion = image.resize(reduced, Image.Resampling.BOX), reduced_mask(lesion, reduced)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return Sample(files.image.stem, pixels, torch.from_numpy(lesion))
+    return lesion
 
 
 def reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

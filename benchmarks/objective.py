@@ -56,6 +56,15 @@ class Settings:
     layer: str | None = None
     projection: bool = False
 
+    def __post_init__(self) -> None:
+        for name, choices in (("supervised", tuple(SUPERVISED)), ("disc", DISC), ("weights", WEIGHTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.disc == "ignored" and self.supervised != "bce":
+            raise ValueError(
+                f"disc must not be 'ignored' where supervised is {self.supervised!r}, which ignores nothing"
+            )
+
 
 class Objective:
     """Gives the loss of a batch.
@@ -89,8 +98,7 @@ class Objective:
             target = target.masked_fill(disc & (target == 0), IGNORED)
         if self.tap is None:
             return self.criterion.terms(logits, target)
-        features = self.tap.features
-        self.tap.drop()
+        features = self.tap.take()
         if self.settings.weights == "ramp":
             self.criterion.alpha = self.settings.alpha * min(1, 3 * progress)
             self.criterion.beta = self.settings.beta * min(1, 3 * progress)
@@ -127,12 +135,10 @@ def gradient_norms(terms: LossTerms, inputs: Tensor) -> dict[str, float]:
 
 def _criterion(settings: Settings) -> CombinedExudateLoss:
     supervised: Callable[[Tensor, Tensor], Tensor] | None = SUPERVISED[settings.supervised]()
-    if settings.disc == "ignored by the terms":
+    if settings.disc == "ignored":
+        supervised = None  # the criterion's own, which knows what to ignore
+    elif settings.disc == "ignored by the terms":
         supervised = _with_background_for_ignored(SUPERVISED[settings.supervised]())
-    elif settings.disc == "ignored":
-        if settings.supervised != "bce":
-            raise ValueError(f"disc must be 'background' where supervised is {settings.supervised!r}, got 'ignored'")
-        supervised = None
     ignore_index = None if settings.disc == "background" else IGNORED
     if settings.hecl:
         criterion = CombinedExudateLoss.hecl(supervised=supervised, ignore_index=ignore_index)

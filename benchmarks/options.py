@@ -39,6 +39,8 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
     if options.eval_only is not None:
         if options.data is not None or options.lesion is not None:
             parser.error("--data and --lesion are of training; --eval-only takes --images and --masks")
+        if options.save is not None:
+            parser.error("--save keeps what has been trained, and --eval-only trains nothing")
         options.size = options.size or SIZE
         return options
     if options.batch % ranks.count():

@@ -21,6 +21,12 @@ class Question(NamedTuple):
     seeds: int
     tested: bool
 
+    def baseline(self, arm: str) -> str | None:
+        """The arm that is plain BCE but otherwise like this one; None where it is that itself or there is none."""
+        own = self.arms[arm]
+        plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
+        return next((name for name, other in self.arms.items() if other == plain and name != arm), None)
+
 
 def _but(settings: Settings, **changes: object) -> Settings:
     return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
@@ -45,7 +51,7 @@ PEERS = {
     "bce": BCE,
     **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
-# One factor at a time from the paper's setting, whose weights are divided by 10: at the paper's own nothing is learnt.
+# One factor at a time from the paper's setting, its weights divided by 10: a trial found that its own do harm.
 FACTORS = {
     "both": PAPER,
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),

@@ -1,13 +1,13 @@
 """How alike the features inside and outside lesion contours are: what the edge term changes, seen from outside."""
 
 import torch
+from networks import STRIDE
 from objective import Settings
-from photographs import CHANNELS, network_input
+from photographs import CHANNELS, encoder_input
 from samples import Sample
 from torch import Tensor, nn
 
 from contrastive_exudate_loss import FeatureTap
-from contrastive_exudate_loss.contrast import directions
 from contrastive_exudate_loss.morphology import inner_contour, outer_contour
 
 SIDE, PHOTOGRAPHS, RADIUS = 512, 4, 2
@@ -33,7 +33,7 @@ def band_similarity(model: nn.Module, samples: list[Sample], settings: Settings)
             lesion = _middle(sample.lesion[CHANNELS.index(settings.lesions[0])])
             if not lesion.any() or len(found[0]) == PHOTOGRAPHS:
                 continue
-            model(network_input(_middle(sample.image)[None]))
+            model(encoder_input(_middle(sample.image)[None]))
             features = nn.functional.interpolate(tap.features, size=lesion.shape, mode="nearest-exact")[0]
             for band, contour in zip(found, (inner_contour, outer_contour), strict=True):
                 band.append(features[:, contour(lesion, ~lesion, RADIUS, "square")].T)
@@ -41,7 +41,7 @@ def band_similarity(model: nn.Module, samples: list[Sample], settings: Settings)
     if not found[0]:
         return {}
     inner, outer = (torch.cat(band) for band in found)
-    means = [directions(band).mean(0) for band in (inner, outer)]
+    means = [nn.functional.normalize(band, dim=1).mean(0) for band in (inner, outer)]
     return {
         "inner": float(means[0] @ means[0]),
         "outer": float(means[1] @ means[1]),
@@ -54,5 +54,5 @@ def _middle(image: Tensor) -> Tensor:
     """The middle of an image, at most SIDE pixels wide and high, of sides that a network's stride divides."""
     top, left = (max(0, (size - SIDE) // 2) for size in image.shape[-2:])
     middle = image[..., top : top + SIDE, left : left + SIDE]
-    height, width = (size // 32 * 32 for size in middle.shape[-2:])
+    height, width = (size // STRIDE * STRIDE for size in middle.shape[-2:])
     return middle[..., :height, :width]

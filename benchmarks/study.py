@@ -33,7 +33,7 @@ from machine import environment
 from networks import STRIDE, network
 from objective import Objective, Settings, gradient_norms
 from options import whole_number
-from photographs import CHANNELS, network_input, photographs, varied_crops, without_fold
+from photographs import CHANNELS, augmented_crops, encoder_input, photographs, train_validation_split
 from questions import QUESTIONS, Question
 from samples import Sample
 from similarity import band_similarity
@@ -68,19 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool, name: str = "") -> dict[str, Any]:
     """The figures of one run, ready for JSON."""
-    train, held_out = without_fold(photographs(data, "train", settings.size, cache), seed)
+    train, validation = train_validation_split(photographs(data, "train", settings.size, cache), seed)
     model = network(settings.network, len(settings.lesions), seed)
     objective = Objective(settings, model)
     parameters = [*model.parameters(), *(objective.projection.parameters() if objective.projection else ())]
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i / settings.steps, i))
     generator = torch.Generator().manual_seed(seed)
-    memory, seconds, losses, norms, curve = PeakMemory(CPU), [], [], [], []
-    loss_seconds: list[float] = []
+    memory, peak = PeakMemory(CPU), None
+    seconds, loss_seconds, losses = [], [], []
+    norms: list[dict[str, Any]] = []
+    curve: list[dict[str, Any]] = []
     active = {"density": 0, "edge": 0}
-    similarity = [band_similarity(model, held_out, settings)]
+    similarity = [band_similarity(model, validation, settings)]
     for step in tqdm(range(settings.steps), desc=f"{name}, seed {seed}", mininterval=30):
-        images, masks = varied_crops(train, settings.batch, settings.crop, generator)
+        images, masks = augmented_crops(train, settings.batch, settings.crop, generator)
         begin = time.perf_counter()
         logits = model(images.contiguous(memory_format=torch.channels_last))
         before = time.perf_counter()
@@ -100,11 +102,12 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
         losses.append([float(value.detach()) for value in terms])
         for part in active:
             active[part] += float(getattr(terms, part).detach()) > 0
+        if not curve:  # before whole photographs take more
+            peak = memory.read()
         if (step + 1) % CURVE_EVERY == 0 or step + 1 == settings.steps:
-            curve.append({"step": step + 1, **judged(model, held_out, settings)[0]})
+            curve.append({"step": step + 1, **evaluation(model, validation, settings)[0]})
             model.train()
-    peak = memory.read()
-    similarity.append(band_similarity(model, held_out, settings))
+    similarity.append(band_similarity(model, validation, settings))
     figures: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -119,15 +122,20 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
         "peak_memory_bytes": peak,
     }
     if tested:
-        summary, found = judged(model, photographs(data, "test", settings.size, cache), settings)
+        summary, found = evaluation(model, photographs(data, "test", settings.size, cache), settings)
         figures["test"] = {**summary, "photographs": found}
     return figures
 
 
-def judged(
+def evaluation(
     model: nn.Module, samples: Sequence[Sample], settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of whole photographs at probability 0.5, the mean over the lesions, and the counts of each photograph."""
+    """Metrics of whole photographs at probability 0.5, and the counts that they are made of.
+
+    Returns:
+        lesion_scores.metrics and average_precision, each the mean over the lesions.
+        for each photograph and lesion its name, the lesion, and lesion_scores.counts.
+    """
     found: list[dict[str, Any]] = []
     probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
     truth: list[list[Tensor]] = [[] for _ in settings.lesions]
@@ -158,7 +166,7 @@ def _probability(model: nn.Module, sample: Sample) -> Tensor:
     height, width = sample.image.shape[1:]
     filled = nn.functional.pad(sample.image, (0, -width % STRIDE, 0, -height % STRIDE))
     with torch.inference_mode():
-        logits: Tensor = model(network_input(filled[None]).contiguous(memory_format=torch.channels_last))
+        logits: Tensor = model(encoder_input(filled[None]).contiguous(memory_format=torch.channels_last))
     return logits[0, :, :height, :width].sigmoid()
 
 
@@ -181,32 +189,41 @@ def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[
     claims = options.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     for seed, name in itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms):
-        with (
-            (claims / f"{name.replace('/', 'by')}, seed {seed}").open("w") as claim,
-            contextlib.suppress(BlockingIOError),
-        ):
+        path = claims / f"{name.replace('/', 'by')}, seed {seed}"
+        with path.open("w") as claim, contextlib.suppress(BlockingIOError):
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
-            if (name, seed) not in finished(options.results, tested=question.tested):
+            if seed not in [run["seed"] for run in runs_of(name, question, read_lines(options.results))]:
                 yield name, seed
 
 
-def finished(results: Path, *, tested: bool) -> set[tuple[str, int]]:
-    """Arm and seed of the runs in the file; where the test images count, of those that looked at them."""
-    if not results.exists():
-        return set()
-    lines = map(json.loads, results.read_text().splitlines())
-    return {(line["arm"], line["seed"]) for line in lines if line["tested"] or not tested}
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """The runs in the file, none if there is no file."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those lines that answer the question for one of its arms, one a seed, in the order of the seeds.
+
+    That is with the settings that the arm has now, with seeds that the question asks for, and after a look at the test
+    photographs where they count. Of several lines of a seed the last one stands.
+    """
+    settings = json.loads(json.dumps(dataclasses.asdict(question.arms[name])))
+    fitting = {
+        line["seed"]: line
+        for line in lines
+        if line["settings"] == settings and line["seed"] < question.seeds and (line["tested"] or not question.tested)
+    }
+    return [fitting[seed] for seed in sorted(fitting)]
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
+    """The last commit that changed code, with a plus where code has been changed since."""
+    code = ["--", ":(top)contrastive_exudate_loss", ":(top)benchmarks/*.py"]
+    last, changed = (
+        subprocess.run(["git", *command, *code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        for command in (["log", "-1", "--format=%h"], ["status", "--porcelain"])
     )
-    return done.stdout.strip()
+    return last.stdout.strip() + ("+" if changed.stdout else "")
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

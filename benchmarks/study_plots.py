@@ -1,5 +1,6 @@
 """The plots of the study: validation curves, and differences to BCE with their intervals."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00")
-CURVES = {"f1": "F1 of the fold held out", "average_precision": "average precision of the fold held out"}
+CURVES = {"f1": "F1 of the validation fold", "average_precision": "average precision of the validation fold"}
 
 
-def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> None:
+def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write one PNG: a panel for each metric, a line for each arm, the mean over its seeds, each seed faint."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (metric, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-        for name, colour in zip(names, COLOURS, strict=False):
-            curves = [[point[metric] for point in run["curve"]] for run in arms[name]]
-            steps = [point["step"] for point in arms[name][0]["curve"]]
+        for (name, runs), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
+            curves = [[point[metric] for point in run["curve"]] for run in runs]
+            steps = [point["step"] for point in runs[0]["curve"]]
             for curve in curves:
                 panel.plot(steps, curve, color=colour, alpha=0.2)
             panel.plot(steps, np.mean(curves, 0), "o-", color=colour, label=f"{name}, {len(curves)} seeds")

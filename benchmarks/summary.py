@@ -3,20 +3,19 @@
     python benchmarks/summary.py                       # prints the tables
     python benchmarks/summary.py --document docs/results.md --plots docs
 
-puts the tables between two marks of the document, and writes study-curves.png and study-differences.png.
+The second puts the tables between two marks of the document, and writes study-curves.png and study-differences.png.
 """
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from differences import Difference, over_photographs, over_seeds
-from questions import QUESTIONS
-from study import RESULTS
+from differences import Difference, over_photographs, over_seeds, paired
+from questions import QUESTIONS, Question
+from study import RESULTS, read_lines, runs_of
 from study_plots import write_curves, write_differences
 from tables import aligned
 
@@ -25,61 +24,51 @@ SHOWN = {
     "f1": "F1",
     "iou": "IoU",
     "f1_pixels": "F1, all pixels",
+    "iou_pixels": "IoU, all pixels",
     "average_precision": "average precision",
-    "small_recall": "small lesions found",
+    "small_recall": "small-lesion recall",
     "boundary_f1": "boundary F1",
+    "disc_fp": "false positives in the disc",
 }
-COMPARED = ("f1", "iou", "small_recall", "boundary_f1")
-BASELINE = "bce"
+COMPARED = ("f1", "iou", "small_recall", "boundary_f1", "disc_fp")
+PARTS = {"density": "alpha", "edge": "beta"}
 Run = Mapping[str, Any]
+Arms = Mapping[str, Sequence[Run]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write what the command line asks for."""
     options = _parsed(arguments)
-    arms = by_arm([json.loads(line) for line in options.results.read_text().splitlines()])
-    text = tables(arms)
+    lines = read_lines(options.results)
+    found = {letter: _arms(question, lines) for letter, question in QUESTIONS.items()}
+    text = "\n\n".join(answer(letter, QUESTIONS[letter], arms) for letter, arms in found.items())
     if options.document is None:
         print(text)
     else:
         options.document.write_text(replaced(options.document.read_text(), text))
     if options.plots is not None:
-        write_curves(options.plots / "study-curves.png", arms, _asked(arms))
+        write_curves(options.plots / "study-curves.png", found["a"])
         rows = {
-            name: over_seeds(runs, arms[BASELINE], "f1") for name, runs in _tested(arms).items() if name != BASELINE
+            f"{letter}: {name}": over_seeds(pairs, "f1")
+            for letter, arms in found.items()
+            if QUESTIONS[letter].tested
+            for name, pairs in _pairs(QUESTIONS[letter], arms).items()
         }
         write_differences(options.plots / "study-differences.png", rows)
     return 0
 
 
-def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each arm by seed; of a seed that ran twice the last, but one that looked at the test photographs."""
-    best: dict[tuple[str, int], Run] = {}
-    for run in runs:
-        key = run["arm"], run["seed"]
-        if key not in best or run["tested"] >= best[key]["tested"]:
-            best[key] = run
-    arms: dict[str, list[Run]] = {}
-    for (arm, _), run in sorted(best.items(), key=lambda item: item[0][1]):
-        arms.setdefault(arm, []).append(run)
-    return arms
-
-
-def tables(arms: Mapping[str, Sequence[Run]]) -> str:
-    """Of each question with a run: metrics, differences to BCE, what the terms did; and what has not been run."""
-    parts = []
-    for letter, question in QUESTIONS.items():
-        ran = {name: arms[name] for name in question.arms if name in arms}
-        if not ran:
-            parts.append(f"### Question {letter}\n\nNot run.")
-            continue
-        parts += [f"### Question {letter}", _metrics(ran, tested=question.tested)]
-        if question.tested and len(ran) > 1 and BASELINE in ran:
-            parts.append(_differences(_tested(ran)))
-        parts.append(_mechanism(ran))
-        runs = len(question.arms) * question.seeds
-        done = sum(run["seed"] < question.seeds for found in ran.values() for run in found)
-        parts.append(f"{done} of {runs} runs.")
+def answer(letter: str, question: Question, arms: Arms) -> str:
+    """Metrics, differences to BCE, what the terms did, and how much of the question has been run."""
+    done, asked = sum(map(len, arms.values())), question.seeds * len(question.arms)
+    parts = [f"### Question {letter}: {done} of {asked} runs"]
+    if arms:
+        parts.append(_metrics(question, arms))
+    pairs = _pairs(question, arms)
+    if pairs:
+        parts.append(_differences(question, pairs))
+    if any(run["gradient_norms"] for runs in arms.values() for run in runs):
+        parts.append(_mechanism(arms))
     return "\n\n".join(parts)
 
 
@@ -89,92 +78,95 @@ def replaced(document: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
-def _tested(arms: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-    found = {name: [run for run in runs if run["tested"]] for name, runs in arms.items()}
+def _arms(question: Question, lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm that has one."""
+    found = {name: runs_of(name, question, lines) for name in question.arms}
     return {name: runs for name, runs in found.items() if runs}
 
 
-def _asked(arms: Mapping[str, Sequence[Run]]) -> list[str]:
-    """The arms of the first question that have run."""
-    return [name for name in QUESTIONS["a"].arms if name in arms]
+def _pairs(question: Question, arms: Arms) -> dict[str, list[tuple[Run, Run]]]:
+    """The runs of each arm with the baseline's of the same seed, where there are any."""
+    found = {name: paired(runs, arms.get(question.baseline(name) or "", ())) for name, runs in arms.items()}
+    return {name: pairs for name, pairs in found.items() if pairs}
 
 
-def _metrics(arms: Mapping[str, Sequence[Run]], *, tested: bool) -> str:
-    """Mean and standard deviation over seeds: of the test photographs, or of those held out."""
-    rows = [["on the test photographs" if tested else "on the fold held out", "seeds", *SHOWN.values()]]
+def _metrics(question: Question, arms: Arms) -> str:
+    """Mean and standard deviation over seeds."""
+    rows = [["test photographs" if question.tested else "validation fold", "seeds", *SHOWN.values()]]
     for name, runs in arms.items():
-        found = [run["test"] if tested else run["curve"][-1] for run in runs if run["tested"] or not tested]
-        if found:
-            rows.append([name, str(len(found)), *(_spread([one[key] for one in found]) for key in SHOWN)])
+        found = [run["test"] if question.tested else run["curve"][-1] for run in runs]
+        rows.append([name, str(len(found)), *(_spread([one[key] for one in found]) for key in SHOWN)])
     return aligned(rows)
 
 
-def _differences(arms: Mapping[str, Sequence[Run]]) -> str:
-    rows = [["difference to BCE: t interval over seeds; bootstrap over photographs", *(SHOWN[key] for key in COMPARED)]]
-    for name, runs in arms.items():
-        if name != BASELINE:
-            cells = [
-                f"{_interval(over_seeds(runs, arms[BASELINE], key))}; "
-                f"{_interval(over_photographs(runs, arms[BASELINE], key), mean=False)}"
-                for key in COMPARED
-            ]
-            rows.append([name, *cells])
+def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run]]]) -> str:
+    title = "minus BCE of the same seeds: mean (t interval over seeds)"
+    if question.tested:
+        title += "; bootstrap over photographs"
+    rows = [[title, "seeds", *(SHOWN[key] for key in COMPARED)]]
+    for name, own in pairs.items():
+        cells = []
+        for key in COMPARED:
+            cell = _interval(over_seeds(own, key, tested=question.tested))
+            if question.tested:
+                lower, upper = over_photographs(own, key).interval or (0.0, 0.0)
+                cell += f"; {lower:+.3f} to {upper:+.3f}"
+            cells.append(cell)
+        rows.append([name, str(len(own)), *cells])
     return aligned(rows)
 
 
-def _mechanism(arms: Mapping[str, Sequence[Run]]) -> str:
-    """How often the terms are there, how hard they pull, what becomes of the features, and what a step costs."""
-    rows = [
-        [
-            "what the terms did",
-            "density active",
-            "edge active",
-            "gradient at the features, density : BCE",
-            "edge : BCE",
-            "at the first layer, density : BCE",
-            "edge : BCE",
-            "cosine inside : outside a contour, before, after",
-            "step, s",
-        ]
-    ]
-    for name, runs in arms.items():
-        cosines = [[run["similarity"][when].get("across") for run in runs] for when in (0, 1)]
-        rows.append(
-            [
-                name,
-                *(
-                    f"{100 * statistics.mean(run['active'][part] for run in runs):.0f} %"
-                    for part in ("density", "edge")
-                ),
-                *(_pull(runs, where, part) for where in ("features", "first_layer") for part in ("density", "edge")),
-                ", ".join(f"{statistics.mean(c for c in found if c is not None):.2f}" for found in cosines),
-                _spread([run["step_seconds"]["median"] for run in runs]),
-            ]
-        )
-    return aligned(rows)
+def _mechanism(arms: Arms) -> str:
+    """How often the terms are there, how hard they pull, what becomes of the features, and what they cost."""
+    columns: dict[str, Callable[[Sequence[Run]], str]] = {
+        "density active": lambda runs: _mean([100 * run["active"]["density"] for run in runs], "{:.0f} %"),
+        "edge active": lambda runs: _mean([100 * run["active"]["edge"] for run in runs], "{:.0f} %"),
+        "gradient at the features, density : BCE": lambda runs: _pull(runs, "features", "density"),
+        "at the features, edge : BCE": lambda runs: _pull(runs, "features", "edge"),
+        "at the first layer, density : BCE": lambda runs: _pull(runs, "first_layer", "density"),
+        "at the first layer, edge : BCE": lambda runs: _pull(runs, "first_layer", "edge"),
+        "cosine across contours, before": lambda runs: _cosine(runs, 0),
+        "after": lambda runs: _cosine(runs, 1),
+        "norm of the features, after": lambda runs: _mean(
+            [run["similarity"][1]["norm"] for run in runs if run["similarity"][1]], "{:.3g}"
+        ),
+        "loss's forward, share of a step": lambda runs: _mean(
+            [100 * run["loss_forward_seconds"]["median"] / run["step_seconds"]["median"] for run in runs], "{:.1f} %"
+        ),
+        "peak memory, GB": lambda runs: _mean([run["peak_memory_bytes"] / 1e9 for run in runs], "{:.1f}"),
+    }
+    rows = [["what the terms did", *columns]]
+    return aligned([*rows, *([name, *(shown(runs) for shown in columns.values())] for name, runs in arms.items())])
 
 
 def _pull(runs: Sequence[Run], where: str, part: str) -> str:
     """Median ratio of the weighted term's gradient norm to that of the supervised loss, where the term is not 0."""
-    weight = {"density": "alpha", "edge": "beta"}[part]
     ratios = [
-        run["settings"][weight] * point[where][part] / point[where]["supervised"]
+        run["settings"][PARTS[part]] * point[where][part] / point[where]["supervised"]
         for run in runs
+        if run["settings"]["weights"] == "fixed"
         for point in run["gradient_norms"]
-        if run["settings"]["weights"] != "share" and point[where][part] > 0 and point[where]["supervised"] > 0
+        if point[where][part] > 0 and point[where]["supervised"] > 0
     ]
     return f"{statistics.median(ratios):.3g}" if ratios else "-"
+
+
+def _cosine(runs: Sequence[Run], when: int) -> str:
+    return _mean([run["similarity"][when]["across"] for run in runs if run["similarity"][when]], "{:.2f}")
+
+
+def _mean(values: Sequence[float], shown: str) -> str:
+    return shown.format(statistics.mean(values)) if values else "-"
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def _interval(difference: Difference, *, mean: bool = True) -> str:
-    shown = f"{difference.mean:+.3f} " if mean else ""
+def _interval(difference: Difference) -> str:
     if difference.interval is None:
-        return f"{shown}(one seed)"
-    return f"{shown}({difference.interval[0]:+.3f} to {difference.interval[1]:+.3f})"
+        return f"{difference.mean:+.3f}"
+    return f"{difference.mean:+.3f} ({difference.interval[0]:+.3f} to {difference.interval[1]:+.3f})"
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

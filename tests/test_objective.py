@@ -123,9 +123,18 @@ def test_a_projection_stands_between_features_and_terms():
     objective.tap.close()
 
 
-def test_settings_that_ignore_where_nothing_can_are_refused():
-    with pytest.raises(ValueError, match="disc must be 'background' where supervised is 'focal'"):
-        Objective(Settings(supervised="focal", disc="ignored"), Network())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"supervised": "focal", "disc": "ignored"}, "disc must not be 'ignored' where supervised is 'focal'"),
+        ({"disc": "ignore"}, "disc must be one of .*, got 'ignore'"),
+        ({"weights": "rmap"}, "weights must be one of .*, got 'rmap'"),
+        ({"supervised": "BCE"}, "supervised must be one of .*, got 'BCE'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**options)
 
 
 def test_every_arm_of_every_question_can_be_made_and_a_name_means_one_thing():

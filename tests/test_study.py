@@ -4,12 +4,16 @@ import dataclasses
 import fcntl
 import json
 
+import numpy as np
+import photographs
 import pytest
 import study
 import summary
 import torch
-from differences import over_photographs, over_seeds
+from differences import over_photographs, over_seeds, paired
+from lesion_scores import counts
 from objective import Settings
+from PIL import Image
 from questions import Question
 from scipy import stats
 from similarity import band_similarity
@@ -34,6 +38,7 @@ def folder(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         return Network(classes)
 
+    monkeypatch.setattr(photographs, "EYE", (0, 10**4))
     monkeypatch.setattr(study, "network", network)
     monkeypatch.setattr(study, "NORMS_EVERY", 2)
     monkeypatch.setattr(study, "CURVE_EVERY", 2)
@@ -120,59 +125,147 @@ def test_the_learning_rate_rises_and_falls_to_0():
     assert rates[-1] == pytest.approx(0)
 
 
-def made_up(arm, seed, scores, tested=True):
-    """A line with one score in all metrics, whose photographs have tp of 10 lesion pixels."""
+def made_up(arm, seed, hits, settings=TINY, tested=True, lesions=("EX",)):
+    """A line whose photographs have so many hits among 10 lesion pixels, for each lesion one more."""
     photographs = [
-        {"name": str(i), "lesion": "EX", "tp": tp, "fp": 0, "fn": 10 - tp, "small": 0, "small_found": 0, "edge": 0,
-         "edge_near": 0, "predicted_edge": 0, "predicted_edge_near": 0, "disc_fp": 0}
-        for i, tp in enumerate(scores)
-    ]  # fmt: skip
-    f1 = sum(2 * tp / (10 + tp) for tp in scores) / len(scores)
-    return {"arm": arm, "seed": seed, "tested": tested, "test": {"f1": f1, "photographs": photographs}}
+        {**dict.fromkeys(counts(*np.zeros((3, 1, 1), bool)), 0), "name": str(i), "lesion": name, "tp": n, "fn": 10 - n}
+        for k, name in enumerate(lesions)
+        for i, n in enumerate(np.add(hits, k).tolist())
+    ]
+    scores = dict.fromkeys((*summary.SHOWN, "average_precision"), 0.25)
+    scores["f1"] = float(np.mean([2 * p["tp"] / (10 + p["tp"]) for p in photographs]))
+    test = {"test": {**scores, "photographs": photographs}} if tested else {}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "tested": tested,
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "curve": [{"step": 3, **scores}],
+        "active": {"density": 0.5, "edge": 1},
+        "gradient_norms": [],
+        "similarity": [{}, {}],
+        **test,
+    }
 
 
 def test_differences_are_paired_by_seed():
     runs = [made_up("a", seed, [5 + seed, 4]) for seed in (2, 0, 1)]
     others = [made_up("b", seed, [3, 4]) for seed in (0, 1, 2, 3)]
-    found = over_seeds(runs, others, "f1")
-    pairs = [(run["test"]["f1"], others[run["seed"]]["test"]["f1"]) for run in runs]
-    wanted = stats.ttest_rel(*zip(*pairs, strict=True)).confidence_interval(0.95)
+    pairs = paired(runs, others)
+    scores = [(run["test"]["f1"], others[run["seed"]]["test"]["f1"]) for run in runs]
+    wanted = stats.ttest_rel(*zip(*scores, strict=True)).confidence_interval(0.95)
+    found = over_seeds(pairs, "f1")
     assert found.interval == pytest.approx((wanted.low, wanted.high))
-    assert over_photographs(runs, others, "f1").mean == pytest.approx(found.mean)
+    assert over_seeds(pairs, "f1", tested=False) == found
+    assert over_photographs(pairs, "f1").mean == pytest.approx(found.mean)
+
+
+def test_the_bootstrap_draws_photographs_with_all_their_lesions():
+    lesions = ("MA", "EX")
+    pairs = [(made_up("a", 0, [6, 3], lesions=lesions), made_up("b", 0, [5, 5], lesions=lesions))]
+    found = over_photographs(pairs, "f1")
+    assert found.mean == pytest.approx(over_seeds(pairs, "f1").mean)
+    # Two photographs can be drawn in three ways, of which the middle one is the mean.
+    extremes = [np.mean([2 * (n + k) / (10 + n + k) - 2 * (5 + k) / (15 + k) for k in (0, 1)]) for n in (3, 6)]
+    assert found.interval == pytest.approx(extremes)
 
 
 def test_one_seed_has_no_interval():
-    assert over_seeds([made_up("a", 0, [5])], [made_up("b", 0, [3])], "f1").interval is None
+    assert over_seeds([(made_up("a", 0, [5]), made_up("b", 0, [3]))], "f1").interval is None
 
 
 def test_the_bootstrap_is_as_wide_as_photographs_differ():
-    even = over_photographs([made_up("a", 0, [6] * 20)], [made_up("b", 0, [5] * 20)], "f1")
-    uneven = over_photographs([made_up("a", 0, [9] * 10 + [3] * 10)], [made_up("b", 0, [5] * 20)], "f1")
+    even, uneven = (
+        over_photographs([(made_up("a", 0, hits), made_up("b", 0, [5] * 20))], "f1")
+        for hits in ([6] * 20, [9] * 10 + [3] * 10)
+    )
     assert even.interval == pytest.approx((even.mean, even.mean))
     assert uneven.interval[0] < 0 < uneven.interval[1]
     assert uneven.interval[0] < uneven.mean < uneven.interval[1]
 
 
-def test_a_run_that_looked_at_the_test_photographs_comes_before_one_that_did_not():
-    lines = [made_up("a", 1, [1]), made_up("a", 0, [1]), made_up("a", 0, [2], tested=False), made_up("a", 1, [3])]
-    assert summary.by_arm(lines) == {"a": [lines[1], lines[3]]}
+OTHER = {
+    "bce": TINY,
+    "both": ARMS["both"],
+    "bce, SE": dataclasses.replace(TINY, lesions=("SE",)),
+    "both, SE": dataclasses.replace(ARMS["both"], lesions=("SE",)),
+}
 
 
-def test_the_summary_shows_every_run_and_leaves_the_rest_of_the_document(folder, capsys):
-    lines = run(folder, "--question", "a")
+def test_an_arm_is_compared_with_bce_of_its_own_kind():
+    question = Question(OTHER, 2, tested=True)
+    assert {name: question.baseline(name) for name in OTHER} == {
+        "bce": None, "both": "bce", "bce, SE": None, "both, SE": "bce, SE",
+    }  # fmt: skip
+    assert Question({"both": ARMS["both"]}, 2, tested=True).baseline("both") is None
+
+
+def test_lines_answer_a_question_with_their_settings_seeds_and_test():
+    lines = [
+        made_up("both", 1, [1], ARMS["both"]),
+        made_up("both", 0, [2], ARMS["both"]),
+        made_up("both", 1, [3], ARMS["both"]),
+        made_up("both", 1, [4], ARMS["both"], tested=False),
+        made_up("both", 2, [5], ARMS["both"]),
+        made_up("both", 1, [6], TINY),
+    ]
+    assert study.runs_of("both", Question(ARMS, 2, tested=True), lines) == [lines[1], lines[2]]
+    assert study.runs_of("both", Question(ARMS, 2, tested=False), lines) == [lines[1], lines[3]]
+
+
+def rows(text):
+    """The cells of each row of the tables in a text, by its first cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    found = {}
+    for name, *rest in cells:
+        found.setdefault(name, []).append(rest)
+    return found
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_the_answer_to_a_question_compares_its_runs_and_no_others(tested):
+    question = Question(OTHER, 2, tested)
+    lines = [
+        *(made_up("bce", seed, [2 + seed, 4], TINY, tested) for seed in (0, 1, 2)),
+        *(made_up("both", seed, [6, 5], ARMS["both"], tested) for seed in (0, 1)),
+        made_up("both, SE", 0, [9, 9], OTHER["both, SE"], tested),
+    ]
+    text = summary.answer("x", question, summary._arms(question, lines))
+    assert text.startswith("### Question x: 5 of 8 runs")
+    found = rows(text)
+    scores = [line["curve"][-1]["f1"] for line in lines]
+    assert found["bce"][0][:2] == ["2", f"{np.mean(scores[:2]):.3f} ± {np.std(scores[:2], ddof=1):.3f}"]
+    assert len(found["bce"]) == len(found["both, SE"]) == 1  # nothing to compare them with
+    mean = np.mean([scores[3] - scores[0], scores[4] - scores[1]])
+    assert found["both"][1][:2][0] == "2"
+    assert found["both"][1][1].startswith(f"{mean:+.3f} (")
+    assert (";" in found["both"][1][1]) == tested
+
+
+def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():
+    line = made_up("both", 0, [1], ARMS["both"])
+    norms = [({"supervised": 2.0, "density": 0.0, "edge": 4.0}), ({"supervised": 1.0, "density": 5.0, "edge": 8.0})]
+    line["gradient_norms"] = [{"step": n, "features": norm, "first_layer": norm} for n, norm in enumerate(norms)]
+    assert summary._pull([line], "features", "density") == f"{0.02 * 5:.3g}"
+    assert summary._pull([line], "features", "edge") == f"{(0.1 * 2 + 0.1 * 8) / 2:.3g}"
+    line["settings"]["weights"] = "ramp"
+    assert summary._pull([line], "features", "edge") == "-"
+
+
+def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder, capsys):
+    run(folder, "--question", "a")
     arguments = ["--results", str(folder / "study.jsonl")]
     assert summary.main(arguments) == 0
     printed = capsys.readouterr().out
-    mean = sum(line["test"]["average_precision"] for line in lines if line["arm"] == "both") / 2
-    assert f"| {mean:.3f} ±" in printed
-    assert "4 of 4 runs." in printed
-    assert "### Question f\n\nNot run." in printed
+    assert "### Question a: 4 of 4 runs" in printed
+    assert "### Question f: 0 of 30 runs" in printed
     document = folder / "results.md"
     document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     assert summary.main([*arguments, "--document", str(document), "--plots", str(folder)]) == 0
     assert document.read_text() == f"before\n{summary.BEGIN}\n\n{printed}\n{summary.END}\nafter\n"
-    assert (folder / "study-curves.png").stat().st_size > 5000
-    assert (folder / "study-differences.png").stat().st_size > 5000
+    for name in ("study-curves.png", "study-differences.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 150
 
 
 class Knows(nn.Module):

@@ -120,11 +120,11 @@ class _PatchContrastLoss(_MaskLoss):
         labels: Tensor,
         present: Tensor,
         priority: Tensor | None = None,
-        limit: int | None = None,
+        limit: int = 0,
     ) -> Tensor:
         """Mean over the K classes of the contrast of their embeddings, (K, M, C), labels and presence, (K, M).
 
-        With a limit only so many of each label take part, those of lowest priority, (K, M).
+        With a priority, (K, M), at most limit of each label take part, those of the lowest.
         """
         rank, ranks = rank_and_count() if self.gather_distributed and torch.is_grad_enabled() else (0, 1)
         losses = []
@@ -139,7 +139,7 @@ class _PatchContrastLoss(_MaskLoss):
                 columns = [label[here]] if order is None else [label[here], order[here]]
                 vector, label, *orders = of_all_ranks(vector[here], *columns, classes=len(vectors))
                 here, order = torch.ones_like(label), orders[0] if orders else None
-            if order is not None and limit is not None:
+            if order is not None:
                 index, here = best_of_each_label(order, label, here, limit)
                 vector, label = vector[index], label[index]
             shared = ranks > 1 and _shares_anchors(vector.device)
@@ -661,7 +661,7 @@ def _edge_masks(
     bands = []
     for contour, other, radii in ((inner_contour, outside, inner_radius), (outer_contour, background, outer_radius)):
         band = contour(lesion, other, radii[0], footprint)
-        if dense is not None and radii[0] != radii[1]:
+        if dense is not None:
             band = torch.where(dense, contour(lesion, other, radii[1], footprint), band)
         bands.append(paste_patches(band, size, margin=1) if isolate_patches else band)
     return _side_by_side(bands)

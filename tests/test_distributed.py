@@ -22,7 +22,7 @@ from contrastive_exudate_loss import (
     PatchEdgeContrastLoss,
     losses,
 )
-from contrastive_exudate_loss.distributed import of_all_ranks, sum_of_ranks
+from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
 
 IMAGES = 6
 # Images of each rank: equal shares, unequal ones.
@@ -323,8 +323,20 @@ def test_one_rank_gathers_and_sums_what_it_has(rows):
     assert torch.equal(columns[1], order)
 
 
-def sent(rank, count, shared):
-    """Bytes that each rank sends in a step, were the group's collectives rings; and the most embeddings of a rank."""
+def test_without_a_group_there_is_one_process():
+    assert rank_and_count() == (0, 1)
+
+
+@pytest.mark.usefixtures("_group_of_one")
+@pytest.mark.parametrize("talk", [lambda x: of_all_ranks(x, classes=1)[0].sum(), lambda x: sum_of_ranks(x.sum())])
+def test_what_ranks_say_to_each_other_is_in_no_graph(talk):
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(talk, backend="eager", fullgraph=True)(torch.ones(3, 2))
+
+
+def sent(rank, count, shared, ignored=False):
+    """Bytes that each rank sends in a step, were the group's collectives rings."""
     collectives, total = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}, []
     ring = {"all_gather": count - 1, "all_reduce": 2 * (count - 1) / count}
 
@@ -336,6 +348,8 @@ def sent(rank, count, shared):
         return call
 
     images, weight, target = batch(dtype=torch.float32)
+    if ignored:
+        target = torch.full_like(target, -1)
     own = part((3, 1, 2)[:count], rank)
     losses._shares_anchors = lambda _: shared
     dist.all_gather, dist.all_reduce = map(counting, collectives)
@@ -355,3 +369,5 @@ def test_the_traffic_is_what_the_documents_say(count, shared, tmp_path):
     patches = 3 * (32 // 8) ** 2
     for total in on_ranks(count, tmp_path, sent, shared):
         assert total == pytest.approx(names["bytes_sent"](count, patches, channels=4) + small)
+    for total in on_ranks(count, tmp_path, sent, shared, True):  # a row of nothing: some backends refuse no rows
+        assert total == pytest.approx(names["bytes_sent"](count, 1, channels=4) + small)

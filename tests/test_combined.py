@@ -52,6 +52,11 @@ def test_gradcheck_of_the_combination():
     assert torch.autograd.gradcheck(lambda *tensors: criterion(tensors[0], target, tensors[1]), (logits, features))
 
 
+def test_the_weights_are_the_papers_unless_given():
+    criterion = CombinedExudateLoss()
+    assert (criterion.alpha, criterion.beta) == (0.02, 0.1)
+
+
 def test_alpha_and_beta_skip_and_may_change():
     logits, target, features = batch()
     criterion = CombinedExudateLoss(0, 0)

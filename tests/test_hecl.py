@@ -29,8 +29,8 @@ def cases(draw):
 
 
 def half_lesion(side):
-    """A patch of half lesion in the corner of an otherwise empty image."""
-    logits, target, features = batch(size=side, images=1, dtype=torch.float64)
+    """A patch of half lesion, as thick as five radii, in the corner of two otherwise empty images."""
+    logits, target, features = batch(size=side, images=2, dtype=torch.float64)
     target = torch.zeros_like(target)
     target[..., : side // 5, : side // 10] = 1
     return logits, target, features

@@ -37,6 +37,8 @@ def saved_networks(path: Path, make: Callable[[str], nn.Module]) -> dict[str, nn
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not {"norm", "states"} <= saved.keys():
+            raise ValueError("it holds something else")
         networks = {}
         for name, state in saved["states"].items():
             networks[name] = make(saved["norm"])

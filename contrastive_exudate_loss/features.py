@@ -308,17 +308,30 @@ def _nearest(start: Node, seen: _Seen) -> list[tuple[str, nn.Module, Tensor]] | 
     """The layers met first on each way back through the graph, passing those whose input is no feature map.
 
     None if a convolution that is no layer comes before them.
+
+    Raises:
+        ValueError: before them comes what hides layers, or a linear layer on tokens, whose features are no map.
     """
     found, visited, waiting = [], {start}, [start]
     while waiting:
         node = waiting.pop()
         if node not in seen and node.name() == "ConvolutionBackward0":
             return None
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "model must not hide the layer that makes its logits in a reentrant checkpoint; give "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         if node in seen:
             name, module, features = seen[node]
             if features.dim() == 4 and _channels_second(module, features).shape[1] >= 2:
                 found.append((name, module, features))
                 continue
+            if features.dim() == 3 and isinstance(module, nn.Linear):
+                raise ValueError(
+                    f"layer {name!r} makes the logits from tokens (B, N, C), which are no feature map; give the "
+                    "features to the criterion yourself, as (B, C, h, w)"
+                )
         for following, _ in node.next_functions:
             if following is not None and following not in visited:
                 visited.add(following)

@@ -447,7 +447,7 @@ class CombinedExudateLoss(_MaskLoss):
             features: as in the constructor.
 
         Returns:
-            A criterion whose parts and weights can be read and set like any other's.
+            A criterion like any other: its options can be read in its parts, its weights be set.
 
         Raises:
             TypeError, ValueError: as the constructor.

@@ -469,6 +469,27 @@ def test_a_head_that_the_first_pass_builds_is_said(head):
     torch.testing.assert_close(tap.features, body(net))
 
 
+def test_a_linear_head_on_tokens_is_said():
+    def outcome(net, x):
+        tokens = net.body(x).flatten(2).movedim(1, 2)
+        return net.tokens(tokens).movedim(2, 1).unflatten(2, x.shape[2:])
+
+    net = Net(outcome, tokens=nn.Linear(6, 1))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match=r"layer 'tokens' makes the logits from tokens .* give the features"):
+        net(IMAGES)
+
+
+def test_a_head_hidden_in_a_reentrant_checkpoint_is_said():
+    def outcome(net, x):
+        return checkpoint(net.head, net.last(net.body(x)), use_reentrant=True)
+
+    net = Net(outcome, last=nn.Conv2d(6, 6, 1))
+    FeatureTap(net)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        net(IMAGES)
+
+
 def test_a_head_that_is_no_layer_is_said():
     net = Net(lambda net, x: nn.functional.conv2d(net.body(x), net.weight))
     net.weight = nn.Parameter(torch.ones(1, 6, 1, 1))

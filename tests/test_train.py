@@ -249,9 +249,9 @@ def test_saved_networks_score_the_same_on_the_same_photographs_in_other_folders(
 
 def test_a_file_without_networks_is_said_in_one_sentence(tmp_path, capsys):
     fake_idrid(tmp_path)
-    for name, content in (("torn.pt", b"torn"), ("absent.pt", None)):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
+    torch.save({"model": 1}, tmp_path / "other.pt")
+    (tmp_path / "torn.pt").write_bytes(b"torn")
+    for name in ("torn.pt", "absent.pt", "other.pt"):
         assert run(tmp_path, "--eval-only", str(tmp_path / name), "--images", ".", "--masks", ".")[1] == 2
         said = capsys.readouterr().err
         assert said.startswith("train.py: error: --eval-only must be a file that --save has written, but ")

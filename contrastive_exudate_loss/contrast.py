@@ -135,7 +135,7 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient with respect to z (empty unless with_gradient), for unit or zero vectors z."""
     ones, zeros = labels & present, ~labels & present
-    if z.device.type == "cpu" and parts == 1:
+    if z.is_cpu and parts == 1:
         return _by_label(z, ones, zeros, temperature, contrast, with_gradient)
     anchors = range(len(z) * part // parts, len(z) * (part + 1) // parts)
     return _by_mask(z, ones, zeros, temperature, contrast, with_gradient, anchors)

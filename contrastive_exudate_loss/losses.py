@@ -42,15 +42,16 @@ class _MaskLoss(nn.Module):
 
         Returns whether they were looked at.
         """
-        if torch.compiler.is_compiling() or target.device.type == "meta":
-            return False
-        if target.device.type != "cpu" and self._values_checked:
-            return False
-        if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or target.is_meta or self._would_wait(target):
             return False
         _checks.check_target_values(target, self.ignore_index)
         self._values_checked = True
         return True
+
+    def _would_wait(self, target: Tensor) -> bool:
+        """Whether reading the target's values would wait for a device once more, or break a graph's capture."""
+        once_more = self._values_checked and not target.is_cpu
+        return once_more or (target.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class _PatchContrastLoss(_MaskLoss):
@@ -87,13 +88,13 @@ class _PatchContrastLoss(_MaskLoss):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         features, target = self._checked(features, target)
-        with _full_precision(target.device):
+        with _full_precision(target):
             masks, *fraction = self._masks(target)
             sums, counts = masked_sums(features, masks, self._sides(target))
             return self._contrast(sums, counts, *fraction)
 
     def extra_repr(self) -> str:
-        options = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
@@ -232,7 +233,7 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
 
     def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
         # (B, K, gh, gw) to (K, M)
-        vectors, present = (t.movedim(1, 0).flatten(1, 3) for t in (embeddings(sums, counts), counts > 0))
+        vectors, present = (t.movedim(1, 0).flatten(1, 3) for t in (embeddings(sums, counts), counts.bool()))
         (share,) = (t.movedim(1, 0).flatten(1) for t in fraction)
         dense = share > self.threshold
         labels = dense.to(counts.device)
@@ -338,7 +339,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         # (B, 2 K, gh, gw) to (K, 2, B, gh, gw): of each class all inner embeddings, then all outer ones.
         pairs = (2, counts.shape[1] // 2)
         vectors = embeddings(sums, counts).unflatten(1, pairs).movedim((2, 1), (0, 1))
-        present = (counts > 0).unflatten(1, pairs).movedim((2, 1), (0, 1))
+        present = counts.bool().unflatten(1, pairs).movedim((2, 1), (0, 1))
         labels = torch.zeros_like(present)
         labels[:, 0] = True
         return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1))
@@ -537,7 +538,7 @@ class CombinedExudateLoss(_MaskLoss):
         if self.supervised is None:
             logits, target = _plain(logits), _plain(target)
             known = self._check_values(target)
-            with _full_precision(target.device):
+            with _full_precision(target):
                 return _binary_cross_entropy(logits, target, self.ignore_index, known)
         loss = self.supervised(logits, target)
         if not isinstance(loss, Tensor):
@@ -560,7 +561,7 @@ class CombinedExudateLoss(_MaskLoss):
         features, target = density._checked(features, target)
         if edge.ignore_index != density.ignore_index:
             edge._check_values(target)
-        with _full_precision(target.device):
+        with _full_precision(target):
             whole, *fraction = density._masks(target)
             (bands,) = edge._masks(target)
             masks = _opaque(_side_by_side, target)([whole, bands])
@@ -677,9 +678,9 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast switched off; the meta device has none."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext() if target.is_meta else torch.autocast(target.device.type, enabled=False)
 
 
 # What the CPU's compiled code calls as it is: made into C++, masks take a hundred times as long to store.
@@ -704,4 +705,4 @@ _OPERATORS = {masks: _operator(masks, schema) for masks, schema in _SCHEMAS.item
 
 def _opaque(masks: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
     """The function itself, or in compiled code on the CPU its operator."""
-    return _OPERATORS[masks] if target.device.type == "cpu" and torch.compiler.is_compiling() else masks
+    return _OPERATORS[masks] if target.is_cpu and torch.compiler.is_compiling() else masks

@@ -31,7 +31,7 @@ def dilation(mask: Tensor, radius: int, footprint: str) -> Tensor:
     """
     radius = min(radius, sum(mask.shape[-2:]))  # farther there is nothing
     # A CPU max-pool over one channel is dozens of times slower than OR-ing shifted copies.
-    return (_shifted if mask.device.type == "cpu" else _pooled)(mask, radius, footprint)
+    return (_shifted if mask.is_cpu else _pooled)(mask, radius, footprint)
 
 
 def inner_contour(lesion: Tensor, background: Tensor, radius: int, footprint: str) -> Tensor:

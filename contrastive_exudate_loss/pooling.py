@@ -34,7 +34,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
         counts: (B, T, gh, gw), of the same dtype, without a gradient.
     """
     # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
-    if features.device.type == "cpu":
+    if features.is_cpu:
         sums, counts, _ = _by_density(features, masks, sides)
     else:
         sums, counts = _by_shape(features, masks, sides, _fused if torch.compiler.is_compiling() else _product)

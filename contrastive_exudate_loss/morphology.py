@@ -84,7 +84,7 @@ def _shifted(mask: Tensor, radius: int, footprint: str) -> Tensor:
 def _spread(mask: Tensor, axis: int, radius: int) -> Tensor:
     size = mask.shape[axis]
     spread = mask.clone()
-    for shift in range(1, min(radius, size - 1) + 1):
+    for shift in range(1, min(radius + 1, size)):
         spread.narrow(axis, shift, size - shift).logical_or_(mask.narrow(axis, 0, size - shift))
         spread.narrow(axis, 0, size - shift).logical_or_(mask.narrow(axis, shift, size - shift))
     return spread
@@ -100,4 +100,4 @@ def _pooled(mask: Tensor, radius: int, footprint: str) -> Tensor:
                 F.max_pool2d(pooled, (1, 3), stride=1, padding=(0, 1)),
                 F.max_pool2d(pooled, (3, 1), stride=1, padding=(1, 0)),
             )
-    return pooled.reshape(mask.shape) > 0
+    return pooled.reshape(mask.shape).bool()

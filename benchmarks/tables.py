@@ -17,7 +17,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     parts = [machine]
     for name, rows in figures["sections"].items():
         title, columns = TABLES[name]
-        parts += [f"### {title}", _table(columns, rows)]
+        parts += [f"## {title}", _table(columns, rows)]
     return "\n\n".join(parts) + "\n"
 
 

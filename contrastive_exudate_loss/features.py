@@ -74,7 +74,7 @@ class FeatureTap:
 
     @property
     def features(self) -> Tensor:
-        """(B, C, h, w), floating: the layer's input in the model's last forward pass."""
+        """The layer's input in the model's last forward pass, (B, C, h, w), floating."""
         if self._closed:
             raise RuntimeError("this FeatureTap is closed, or a copy, and a copy is untapped; make one for this model")
         if self._features is None and self._taken:

@@ -87,6 +87,7 @@ class _PatchContrastLoss(_MaskLoss):
         self.gather_distributed = gather_distributed
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss; arguments as under Shape."""
         features, target = self._checked(features, target)
         with _full_precision(target):
             masks, *fraction = self._masks(target)
@@ -181,8 +182,9 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
             each process. Nothing is gathered under torch.no_grad().
 
     Shape:
-        features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
-        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        - features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
+        - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+
         Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
         torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
         Returns (), float32 (float64 for float64 features): 0, with zero gradients, where no patch is dense, none is
@@ -273,8 +275,9 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
             is gathered under torch.no_grad().
 
     Shape:
-        features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
-        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        - features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
+        - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+
         Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
         torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
         Returns (), float32 (float64 for float64 features): 0, with zero gradients, where there is no contour or no
@@ -372,9 +375,10 @@ class CombinedExudateLoss(_MaskLoss):
             It stands as the attribute tap, which copies of the criterion lose and can be given anew.
 
     Shape:
-        logits: (B, K, H, W), floating.
-        target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
-        features: (B, C, h, w), floating, C >= 2, any h and w. Not needed where alpha and beta are 0.
+        - logits: (B, K, H, W), floating.
+        - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
+        - features: (B, C, h, w), floating, C >= 2, any h and w. Not needed where alpha and beta are 0.
+
         Returns (), float32 (float64 where logits or features are).
 
     Raises:
@@ -448,7 +452,7 @@ class CombinedExudateLoss(_MaskLoss):
             features: as in the constructor.
 
         Returns:
-            A criterion like any other: its options can be read in its parts, its weights be set.
+            The criterion, whose options can be read in its parts, and whose weights be set.
 
         Raises:
             TypeError, ValueError: as the constructor.

@@ -50,9 +50,10 @@ def test_public_names():
         assert name == "__version__" or getattr(package, name).__doc__
 
 
-def test_version_is_that_of_the_distribution_and_of_the_changelog():
+def test_version_is_that_of_the_distribution_the_changelog_and_the_citation():
     assert importlib.metadata.version("contrastive-exudate-loss") == package.__version__
     assert f"## {package.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {package.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -100,16 +101,21 @@ def test_examples_in_documents_run(code, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.splitlines() == shown
 
 
-def test_readme_shows_both_ways_in_under_15_lines():
+def test_readme_shows_the_drop_in_under_15_lines():
     readme = (ROOT / "README.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert any("FeatureTap(" in code for code in examples)
-    assert any("logits, target, features)" in code for code in examples)
-    assert all(code.count("\n") < 15 for code in examples)
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "FeatureTap(" in example
+    assert example.count("\n") < 15
 
 
-def test_readme_shows_the_figures_of_the_recorded_run():
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", package.__all__)
+def test_the_reference_has_every_public_name(name):
+    page = (ROOT / "docs/api.md").read_text()
+    assert f".. autoclass:: {name}\n" in page or (name == "__version__" and f"`{name}`" in page)
+
+
+def test_the_figures_of_the_recorded_runs_are_shown():
+    page = (ROOT / "docs/results.md").read_text()
     arms = json.loads((ROOT / "benchmarks/results/train-cpu.json").read_text())["arms"].values()
     rows = {
         "F1": [f"{arm['f1']:.3f}" for arm in arms],
@@ -118,9 +124,11 @@ def test_readme_shows_the_figures_of_the_recorded_run():
         "the loss's share of a step": [f"{100 * arm['loss_share']:.1f} %" for arm in arms],
     }
     for name, values in rows.items():
-        assert " | ".join(("| " + name, *values)) in readme
+        assert " | ".join(("| " + name, *values)) in page
     tenth = json.loads((ROOT / "benchmarks/results/train-cpu-tenth.json").read_text())["arms"]["BCE + contrast"]
-    assert f"F1 is {tenth['f1']:.3f} and average precision {tenth['average_precision']:.3f}" in readme
+    assert f"F1 is {tenth['f1']:.3f} and average precision {tenth['average_precision']:.3f}" in page
+    bce, both = (f"{arm['f1']:.3f}" for arm in arms)
+    assert f"F1 falls from {bce} to {both}" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

@@ -181,7 +181,7 @@ def test_the_contrast_stops_where_memory_would_not_suffice(monkeypatch):
 
 
 def test_the_benchmarks_page_holds_the_recorded_tables():
-    assert markdown(RECORDED) in (ROOT / "benchmarks/README.md").read_text()
+    assert markdown(RECORDED) in (ROOT / "docs/performance.md").read_text()
 
 
 def recorded(section, **wanted):

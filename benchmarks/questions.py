@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def _but(settings: Settings, **changes: object) -> Settings:
-    return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]  # each name has a type of its own
 
 
 FIRST = {
@@ -39,56 +39,59 @@ FIRST = {
     "both": PAPER,
     "hecl": _but(BCE, alpha=0.01, beta=0.01, hecl=True),
 }
-TENTH = _but(PAPER, alpha=0.002, beta=0.01)
+# The paper's alpha, and its beta divided by 50: each term pulls at the features about as hard as BCE, or half as hard.
+SCALED = _but(PAPER, beta=0.002)
 DISC = {
     "bce": BCE,
-    "both / 10": TENTH,
+    "both, edge / 50": SCALED,
     "bce, disc ignored": _but(BCE, disc="ignored"),
-    "both / 10, disc ignored": _but(TENTH, disc="ignored"),
-    "both / 10, disc ignored by the terms": _but(TENTH, disc="ignored by the terms"),
+    "both, edge / 50, disc ignored": _but(SCALED, disc="ignored"),
+    "both, edge / 50, disc ignored by the terms": _but(SCALED, disc="ignored by the terms"),
 }
 PEERS = {
     "bce": BCE,
     **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
-# One factor at a time from the paper's setting, its weights divided by 10: a trial found that its own do harm.
+# The weights, then one factor at a time from SCALED.
 FACTORS = {
     "both": PAPER,
+    "both, edge / 50": SCALED,
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
-    "both / 10": TENTH,
+    "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
     "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
     "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
-    **{f"{n} patches a label": _but(TENTH, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)},
-    **{f"temperature {t}": _but(TENTH, density={"temperature": t}, edge={"temperature": t}) for t in (0.1, 0.5)},
-    **{f"patch size {p}": _but(TENTH, density={"patch_size": p}, edge={"patch_size": p}) for p in (8, 32, 64)},
-    **{f"threshold {t}": _but(TENTH, density={"threshold": t}) for t in (0.05, 0.1, 0.3)},
-    **{f"radii {r}": _but(TENTH, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
-    "sup_con": _but(TENTH, density={"contrast": "sup_con"}, edge={"contrast": "sup_con"}),
-    "a band an image": _but(TENTH, edge={"scope": "image"}),
-    "features before the last block": _but(TENTH, layer="decoder.blocks.4"),
-    "projection": _but(TENTH, projection=True),
-    "ramp": _but(TENTH, weights="ramp"),
+    "edge / 50": _but(SCALED, alpha=0.0),
+    "both, edge / 500": _but(SCALED, beta=0.0002),
+    "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
+    "bce + density": FIRST["bce + density"],
+    "bce + density x 3": _but(BCE, alpha=0.06),
+    **{
+        f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)
+    },
+    **{f"temperature {t}": _but(SCALED, density={"temperature": t}, edge={"temperature": t}) for t in (0.1, 0.5)},
+    **{f"patch size {p}": _but(SCALED, density={"patch_size": p}, edge={"patch_size": p}) for p in (8, 32, 64)},
+    **{f"threshold {t}": _but(SCALED, density={"threshold": t}) for t in (0.05, 0.1, 0.3)},
+    **{f"radii {r}": _but(SCALED, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
+    "sup_con": _but(SCALED, density={"contrast": "sup_con"}, edge={"contrast": "sup_con"}),
+    "a band an image": _but(SCALED, edge={"scope": "image"}),
+    "features before the last block": _but(SCALED, layer="decoder.blocks.4"),
+    "projection": _but(SCALED, projection=True),
+    "ramp": _but(SCALED, weights="ramp"),
     **{f"share {s}": _but(BCE, alpha=s, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
 }
 NETWORKS = {
     f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST
 }
-RESOLUTION = {
-    f"{arm}, {size}{kind}": _but(
-        settings,
-        size=size,
-        density={} if kind == "" or arm == "bce" else {"patch_size": 16 * size // 712},
-        edge={} if kind == "" or arm == "bce" else {"patch_size": 16 * size // 712},
-    )
-    for size in (356, 1424)
-    for arm, settings in (("bce", BCE), ("both / 10", TENTH))
-    for kind in ("", ", patch in share")
-    if not (arm == "bce" and kind)
-}
+RESOLUTION: dict[str, Settings] = {}
+for size in (356, 1424):
+    patch = {"patch_size": 16 * size // 712}
+    RESOLUTION[f"bce, {size}"] = _but(BCE, size=size)
+    RESOLUTION[f"both, edge / 50, {size}"] = _but(SCALED, size=size)
+    RESOLUTION[f"both, edge / 50, {size}, patch in share"] = _but(SCALED, size=size, density=patch, edge=patch)
 OTHER = {
     f"{arm}, {'+'.join(lesions)}": _but(settings, lesions=lesions)
     for lesions in (("HE",), ("SE",), ("MA",), ("MA", "HE", "EX", "SE"))
-    for arm, settings in (("bce", BCE), ("both / 10", TENTH))
+    for arm, settings in (("bce", BCE), ("both, edge / 50", SCALED))
 }
 
 QUESTIONS = {

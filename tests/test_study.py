@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+from pathlib import Path
 
 import numpy as np
 import photographs
@@ -266,6 +267,11 @@ def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder
     for name in ("study-curves.png", "study-differences.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 150
+
+
+def test_the_page_shows_the_recorded_runs(capsys):
+    assert summary.main([]) == 0
+    assert capsys.readouterr().out.rstrip() in (Path(summary.__file__).parents[1] / "docs/results.md").read_text()
 
 
 class Knows(nn.Module):

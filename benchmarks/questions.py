@@ -54,17 +54,18 @@ PEERS = {
 }
 # The weights, then one factor at a time from SCALED.
 FACTORS = {
-    "both": PAPER,
     "both, edge / 50": SCALED,
-    "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
-    "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
-    "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
-    "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
-    "edge / 50": _but(SCALED, alpha=0.0),
     "both, edge / 500": _but(SCALED, beta=0.0002),
-    "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
+    "edge / 50": _but(SCALED, alpha=0.0),
     "bce + density": FIRST["bce + density"],
     "bce + density x 3": _but(BCE, alpha=0.06),
+    "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
+    "both": PAPER,
+    "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
+    "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
+    "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
+    "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
+    "hecl": FIRST["hecl"],
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)
     },

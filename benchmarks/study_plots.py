@@ -17,18 +17,18 @@ CURVES = {"f1": "F1 of the validation fold", "average_precision": "average preci
 
 def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write one PNG: a panel for each metric, a line for each arm, the mean over its seeds, each seed faint."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(7, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, (metric, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+    for panel, (metric, label) in zip(figure.subplots(len(CURVES), 1), CURVES.items(), strict=True):
         for (name, runs), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
             curves = [[point[metric] for point in run["curve"]] for run in runs]
             steps = [point["step"] for point in runs[0]["curve"]]
             for curve in curves:
                 panel.plot(steps, curve, color=colour, alpha=0.2)
-            panel.plot(steps, np.mean(curves, 0), "o-", color=colour, label=f"{name}, {len(curves)} seeds")
+            panel.plot(steps, np.mean(curves, 0), "o-", color=colour, label=f"{name} ({len(curves)})")
         panel.set(xlabel="steps", ylabel=label)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        panel.legend(title="arm (seeds)", fontsize="small")
     figure.savefig(path, dpi=100)
 
 

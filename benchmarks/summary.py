@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parsed(arguments)
     lines = read_lines(options.results)
     found = {letter: _arms(question, lines) for letter, question in QUESTIONS.items()}
-    text = "\n\n".join(answer(letter, QUESTIONS[letter], arms) for letter, arms in found.items())
+    text = summary(found)
     if options.document is None:
         print(text)
     else:
@@ -56,6 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         write_differences(options.plots / "study-differences.png", rows)
     return 0
+
+
+def summary(found: Mapping[str, Arms]) -> str:
+    """The answers to the questions of which more than plain BCE has been run, and what the others ask for."""
+    begun = [letter for letter, arms in found.items() if any(QUESTIONS[letter].baseline(name) for name in arms)]
+    parts = [answer(letter, QUESTIONS[letter], found[letter]) for letter in begun]
+    waiting = {letter: q.seeds * len(q.arms) for letter, q in QUESTIONS.items() if letter not in begun}
+    if waiting:
+        parts.append(f"Not begun: {', '.join(f'question {letter} ({runs} runs)' for letter, runs in waiting.items())}.")
+    return "\n\n".join(parts)
 
 
 def answer(letter: str, question: Question, arms: Arms) -> str:

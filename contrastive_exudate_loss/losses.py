@@ -144,17 +144,17 @@ class _PatchContrastLoss(_MaskLoss):
             if order is not None:
                 index, here = best_of_each_label(order, label, here, limit)
                 vector, label = vector[index], label[index]
-            shared = ranks > 1 and _shares_anchors(vector.device)
+            part, parts = (rank, ranks) if _shares_anchors(vector) else (0, 1)
             loss = contrast_loss(
                 vector,
                 label,
                 here,
                 temperature=self.temperature,
                 contrast=self.contrast,
-                part=rank if shared else 0,
-                parts=ranks if shared else 1,
+                part=part,
+                parts=parts,
             )
-            losses.append(sum_of_ranks(loss) if shared else loss)
+            losses.append(sum_of_ranks(loss) if parts > 1 else loss)
         return torch.stack(losses).mean()
 
 
@@ -452,7 +452,7 @@ class CombinedExudateLoss(_MaskLoss):
             features: as in the constructor.
 
         Returns:
-            The criterion, whose options can be read in its parts, and whose weights be set.
+            The criterion, whose parts show its options and whose weights can be set.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -489,7 +489,7 @@ class CombinedExudateLoss(_MaskLoss):
     def alpha(self, value: float) -> None:
         _checks.check_number("alpha", value, 0)
         # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
-        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64, device="cpu"), value > 0
+        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
 
     @property
     def beta(self) -> float:
@@ -499,7 +499,7 @@ class CombinedExudateLoss(_MaskLoss):
     @beta.setter
     def beta(self, value: float) -> None:
         _checks.check_number("beta", value, 0)
-        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64, device="cpu"), value > 0
+        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The weighted total; arguments as under Shape."""
@@ -547,7 +547,7 @@ class CombinedExudateLoss(_MaskLoss):
         loss = self.supervised(logits, target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
-        if loss.dim() > 0:
+        if loss.dim():
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
         loss = _plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
@@ -577,9 +577,9 @@ class CombinedExudateLoss(_MaskLoss):
             )
 
 
-def _shares_anchors(device: torch.device) -> bool:
+def _shares_anchors(vectors: Tensor) -> bool:
     """Whether each process contrasts its part of the anchors; on the CPU the whole, pairwise, is faster for a few."""
-    return device.type != "cpu"
+    return not vectors.is_cpu
 
 
 def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
@@ -622,7 +622,7 @@ def _ignores(target: Tensor, ignore_index: int | None) -> bool:
 
 def _lesion_and_valid(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
-    lesion = target != 0
+    lesion = target.bool()
     if ignore_index is None or not _ignores(target, ignore_index):
         return lesion, torch.ones_like(lesion)
     valid = target != ignore_index
@@ -662,7 +662,7 @@ def _edge_masks(
         lesion = cut_patches(lesion, patch, fill=False, margin=1)
         outside = cut_patches(background, patch, fill=True, margin=1)
         background = cut_patches(background, patch, fill=False, margin=1)
-        outside = outside & background.any(-1).any(-1)[..., None, None]
+        outside = outside & background.any(-1, keepdim=True).any(-2, keepdim=True)
     bands = []
     for contour, other, radii in ((inner_contour, outside, inner_radius), (outer_contour, background, outer_radius)):
         band = contour(lesion, other, radii[0], footprint)
@@ -674,7 +674,8 @@ def _edge_masks(
 
 def _side_by_side(masks: Sequence[Tensor]) -> Tensor:
     """Masks (B, K, H, W) joined along K; as (B, K, H W), of whose memory format the compiler has no doubts."""
-    return torch.cat([mask.flatten(2) for mask in masks], 1).reshape(len(masks[0]), -1, *masks[0].shape[2:])
+    joined: Tensor = torch.cat([mask.flatten(2) for mask in masks], 1).unflatten(2, masks[0].shape[2:])
+    return joined
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -698,7 +699,7 @@ _SCHEMAS: dict[Callable[..., Any], str] = {
 
 def _operator(masks: Callable[..., Any], schema: str) -> Callable[..., Any]:
     operator = torch.library.custom_op(
-        f"contrastive_exudate_loss::{masks.__name__[1:]}", mutates_args=(), schema=schema
+        f"contrastive_exudate_loss::{masks.__name__.removeprefix('_')}", mutates_args=(), schema=schema
     )(masks)
     operator.register_fake(masks)
     return operator

@@ -16,21 +16,24 @@ import contrastive_exudate_loss  # noqa: E402
 
 project = "contrastive_exudate_loss"
 author = "the contrastive_exudate_loss authors"
-copyright = "MIT licence"  # noqa: A001 - Sphinx's name
+copyright = f"{author}, MIT licence"  # noqa: A001 - Sphinx's name
 release = version = contrastive_exudate_loss.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
-myst_enable_extensions = ["dollarmath", "attrs_inline"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"contrastive-exudate-loss {release}"
 html_show_sourcelink = False
+html_use_index = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_favicon = "static/icon.svg"
 html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes too
 napoleon_custom_sections = ["Shape", "Reference"]
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|Tensor|typing|NamedTuple|Self|Module).*")]
 
 
 def setup(app: Any) -> None:
@@ -57,7 +60,7 @@ def _inline(self: Any, node: nodes.Node) -> None:
 
 
 def _block(self: Any, node: nodes.Node) -> None:
-    self.body.append(f'<div style="overflow: auto hidden">{_mathml(node, as_block=True)}</div>')
+    self.body.append(f'<div class="formula">{_mathml(node, as_block=True)}</div>')
     raise nodes.SkipNode
 
 

@@ -1,4 +1,4 @@
-"""The figures of the documentation, drawn by the package's own functions: python docs/figures.py FOLDER."""
+"""The figures of the documentation, drawn from synthetic images by the package's own functions, inner ones too."""
 
 import functools
 import sys
@@ -50,7 +50,7 @@ class Theme(NamedTuple):
     page: str
 
     def settings(self) -> dict[Any, Any]:
-        """For matplotlib; 14 in 540 points across can be read on a phone, and a fixed salt gives the same bytes."""
+        """For matplotlib; the text can be read on a phone, and a fixed salt gives the same bytes."""
         inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
         clear = ("figure.facecolor", "axes.facecolor")
         ticks = ("xtick.bottom", "xtick.labelbottom", "ytick.left", "ytick.labelleft")
@@ -244,7 +244,7 @@ def _channels_last(image: Tensor) -> np.typing.NDArray[np.uint8]:
 
 def _pixels(panel: Axes, theme: Theme, masks: Mapping[str, Tensor]) -> None:
     """Masks by colour, (H, W) each, later ones over earlier ones."""
-    canvas = np.zeros((*lesion().shape, 4))
+    canvas = np.zeros((*next(iter(masks.values())).shape, 4))
     for colour, mask in masks.items():
         canvas[mask.numpy()] = to_rgba(colour)
     panel.imshow(canvas)
@@ -264,7 +264,3 @@ def _frame(left: int, top: int, side: int, colour: str) -> Rectangle:
 def _key(figure: Figure, theme: Theme, names: Mapping[str, str]) -> None:
     key = [Patch(facecolor=colour, edgecolor=theme.ink, label=name) for name, colour in names.items()]
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), columnspacing=1)
-
-
-if __name__ == "__main__":
-    write_figures(Path(sys.argv[1]))

@@ -15,7 +15,9 @@ from contrastive_exudate_loss import (
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    losses,
 )
+from contrastive_exudate_loss.pooling import masked_sums
 
 
 @given(data=st.data())
@@ -55,6 +57,19 @@ def test_gradcheck_of_the_combination():
 def test_the_weights_are_the_papers_unless_given():
     criterion = CombinedExudateLoss()
     assert (criterion.alpha, criterion.beta) == (0.02, 0.1)
+
+
+@pytest.mark.parametrize(("edge_side", "poolings"), [(16, 1), (8, 2)])
+def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return masked_sums(*arguments)
+
+    monkeypatch.setattr(losses, "masked_sums", counted)
+    CombinedExudateLoss(edge=PatchEdgeContrastLoss(edge_side))(*batch())
+    assert len(calls) == poolings
 
 
 def test_alpha_and_beta_skip_and_may_change():

@@ -112,9 +112,9 @@ def test_so_they_do_where_they_share_out_the_anchors_as_on_cuda(share, term, con
     assert_all_equal(results, in_one_process(term, options, 2))
 
 
-@pytest.mark.parametrize(("device", "shared"), [("cpu", False), ("cuda", True), ("meta", True)])
+@pytest.mark.parametrize(("device", "shared"), [("cpu", False), ("meta", True)])
 def test_on_the_cpu_each_process_contrasts_the_whole(device, shared):
-    assert losses._shares_anchors(torch.device(device)) == shared
+    assert losses._shares_anchors(torch.empty(0, device=device)) == shared
 
 
 def of_other_sizes(rank, count, name):

@@ -95,3 +95,15 @@ def test_hecl_of_a_subclass_is_of_the_subclass():
         pass
 
     assert type(Mine.hecl()) is Mine
+
+
+def test_its_options_are_those_of_the_published_code():
+    criterion = CombinedExudateLoss.hecl()
+    density, edge = criterion.density, criterion.edge
+    assert (criterion.alpha, criterion.beta) == (0.01, 0.01)
+    assert (density.num_patches, density.select, density.temperature, density.contrast) == (5, 3, 0.05, "nt_xent")
+    assert (edge.num_patches, edge.scope, edge.temperature, edge.contrast) == (5, "image", 0.05, "nt_xent")
+    assert (edge.footprint, edge.isolate_patches) == ("cross", True)
+    assert (edge.inner_radius, edge.outer_radius) == ((1, 2), (5, 2))  # in sparse patches, in dense ones
+    assert density.threshold < 0.3 <= density.threshold + 1e-15
+    assert edge.density_threshold == density.threshold

@@ -14,6 +14,8 @@ from monai.losses import DiceLoss
 
 from contrastive_exudate_loss import (
     CombinedExudateLoss,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
 )
 
 
@@ -50,6 +52,22 @@ def test_copies_give_the_same_loss(name, way):
         assert not other.state_dict()
     assert torch.equal(other(*arguments), wanted)
     assert repr(other) == repr(module)
+
+
+@pytest.mark.parametrize(
+    ("term", "own"),
+    [
+        (PatchDensityContrastLoss, {"threshold": 0.5, "select": "all"}),
+        (PatchEdgeContrastLoss, {"inner_radius": 2, "outer_radius": 2, "footprint": "square", "scope": "patch"}),
+    ],
+)
+def test_an_option_that_is_not_given_is_as_the_contract_says(term, own):
+    module = term()
+    assert module.patch_size == 16
+    assert term(num_patches=4).patch_size is None
+    assert (module.temperature, module.contrast, module.gather_distributed) == (0.05, "nt_xent", False)
+    assert (module.num_patches, module.max_patches, module.ignore_index) == (None, None, None)
+    assert {option: getattr(module, option) for option in own} == own
 
 
 @pytest.mark.parametrize("name", ["density", "edge"])

@@ -180,7 +180,7 @@ def test_the_contrast_stops_where_memory_would_not_suffice(monkeypatch):
     assert not math.isnan(rows[0]["seconds"]["median"])
 
 
-def test_the_benchmarks_page_holds_the_recorded_tables():
+def test_the_performance_page_holds_the_recorded_tables():
     assert markdown(RECORDED) in (ROOT / "docs/performance.md").read_text()
 
 

@@ -14,9 +14,10 @@ def figures(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "docs"))
     module = importlib.import_module("figures")
     monkeypatch.setattr(module, "PHOTOGRAPHS", 3)
-    module._photographs.cache_clear()
+    drawn = module._photographs
+    drawn.cache_clear()
     yield module
-    module._photographs.cache_clear()
+    drawn.cache_clear()
 
 
 def test_every_figure_is_written_for_both_pages_with_the_same_bytes_each_time(figures, tmp_path):

@@ -159,8 +159,9 @@ def _by_label(
     z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Every pair once, those of equal and of different labels in tiles apart; sizes depend on the data."""
+    sup_con = contrast == "sup_con"
     groups = [label.nonzero().squeeze(1) for label in (ones, zeros)]
-    terms = sum(len(n) * (len(n) - 1) if contrast == "nt_xent" else len(n) * (len(n) > 1) for n in groups)
+    terms = sum(len(n) * (len(n) > 1) if sup_con else len(n) * (len(n) - 1) for n in groups)
     loss = z.new_zeros(())
     gradient = z.new_zeros(z.shape if with_gradient else (0,))  # contiguous, as the compiler has been told
     if terms == 0 or min(map(len, groups)) == 0:
@@ -169,7 +170,7 @@ def _by_label(
     longest = max(map(len, groups))
     # Tiles of fresh memory would cost more page faults than arithmetic.
     workspace = z.new_empty(3, min(max(TILE, longest), longest**2))
-    lse = _logsumexps(vectors, temperature, workspace[0], with_positives=contrast == "sup_con")
+    lse = _logsumexps(vectors, temperature, workspace[0], with_positives=sup_con)
     derivatives = [torch.zeros_like(vector) for vector in vectors]
     weights = []
     for vector, own_lse, derivative in zip(vectors, lse, derivatives, strict=True):
@@ -177,15 +178,15 @@ def _by_label(
         weight = torch.zeros_like(own_lse)
         for row, column, tile in _pairs(vector, temperature, workspace[0], fill=math.inf):
             one, other = (_shaped(buffer, tile.shape) for buffer in workspace[1:])
-            if contrast == "nt_xent":
-                loss += _nt_xent_pairs(tile, own_lse[row], own_lse[column], weight[row], weight[column], one, other)
-            else:
+            if sup_con:
                 loss += _sup_con_pairs(tile, own_lse[row], own_lse[column], 1 / (len(vector) - 1), one, other)
+            else:
+                loss += _nt_xent_pairs(tile, own_lse[row], own_lse[column], weight[row], weight[column], one, other)
             if with_gradient:
                 derivative[row].addmm_(tile, vector[column])
                 derivative[column].addmm_(tile.T, vector[row])
         weights.append(weight)
-    if contrast == "sup_con":
+    if sup_con:
         weights = [torch.full_like(own, len(own) > 1) for own in lse]
         loss += sum((weight * own_lse).sum() for weight, own_lse in zip(weights, lse, strict=True))
     for row, tile in _negatives(vectors, temperature, workspace[0]) if with_gradient else ():

@@ -128,7 +128,7 @@ class _PatchContrastLoss(_MaskLoss):
 
         With a priority, (K, M), at most limit of each label take part, those of the lowest.
         """
-        rank, ranks = rank_and_count() if self.gather_distributed and torch.is_grad_enabled() else (0, 1)
+        gathers = self.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
         losses = []
         for k in range(len(vectors)):
             vector, label, here = vectors[k], labels[k], present[k]
@@ -137,14 +137,14 @@ class _PatchContrastLoss(_MaskLoss):
                 drawn = torch.randperm(len(vector), device=vector.device)
                 index, here = best_of_each_label(drawn, label, here, self.max_patches)
                 vector, label = vector[index], label[index]
-            if ranks > 1:
+            if gathers:
                 columns = [label[here]] if order is None else [label[here], order[here]]
                 vector, label, *orders = of_all_ranks(vector[here], *columns, classes=len(vectors))
                 here, order = torch.ones_like(label), orders[0] if orders else None
             if order is not None:
                 index, here = best_of_each_label(order, label, here, limit)
                 vector, label = vector[index], label[index]
-            part, parts = (rank, ranks) if _shares_anchors(vector) else (0, 1)
+            part, parts = rank_and_count() if gathers and _shares_anchors(vector) else (0, 1)
             loss = contrast_loss(
                 vector,
                 label,

@@ -94,9 +94,9 @@ def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[
     dtype = _dtype(features)
     layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
     weights, slots = _weights(masks, layout, dtype), [axis.slots for axis in layout]
-    features = _resampled(features, layout)
+    features, channels = _resampled(features, layout), features.shape[1]
     grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
-    sums = features.new_zeros((*weights.shape[:2], *grid, features.shape[1]), dtype=dtype)
+    sums = features.new_zeros((*weights.shape[:2], *grid, channels), dtype=dtype)
     few, level, rest = _densities(weights, features.shape[2:])
     for rows, y in _row_chunks(features, slots, grid[0], READ if features.dtype == dtype else COPIED) if level else ():
         part = _filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
@@ -108,7 +108,7 @@ def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[
     for t in few:
         # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
         total = torch.zeros_like(sums[:, t], dtype=torch.float64)
-        for b, i, j in _pixels(weights[:, t], features.shape[1]):
+        for b, i, j in _pixels(weights[:, t], channels):
             vectors = (features[b, :, i, j] * weights[b, t, i, j].unsqueeze(1)).double()
             total.index_put_((b, i // slots[0], j // slots[1]), vectors, accumulate=True)
         sums[:, t] = total
@@ -142,9 +142,8 @@ def _features_gradient(
     rows, columns = (length if axis.cell is None else len(axis.cell) for axis, length in zip(layout, size, strict=True))
     # Cells in several patches are added up in float32 before they are rounded.
     exact = all(axis.cell is None for axis in layout)
-    spread = gradient.new_empty(
-        (len(gradient), gradient.shape[-1], rows, columns), dtype=dtype if exact else gradient.dtype
-    )
+    batch, *_, channels = gradient.shape
+    spread = gradient.new_empty((batch, channels, rows, columns), dtype=dtype if exact else gradient.dtype)
     few, level, rest = _densities(weights, (rows, columns))
     if level:
         _write(spread, (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1), slots)
@@ -154,9 +153,8 @@ def _features_gradient(
         blocks = _blocks(weights[:, rest, part], slots).to(gradient.dtype)
         block = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, rest, y], blocks).flatten(4, 5).flatten(2, 3)
         spread[:, :, part] += block[:, :, : spread[:, :, part].shape[2], :columns]
-    somewhere = functools.reduce(torch.logical_or, [weights[:, t] for t in few]) if few else weights[:, 0, :0]
-    for b, i, j in _pixels(somewhere, gradient.shape[-1]):
-        vectors = gradient.new_zeros(len(b), gradient.shape[-1])
+    for b, i, j in _pixels(functools.reduce(torch.logical_or, [weights[:, t] for t in few]), channels) if few else ():
+        vectors = gradient.new_zeros(len(b), channels)
         for t in range(weights.shape[1]):
             vectors.addcmul_(gradient[b, t, i // slots[0], j // slots[1]], weights[b, t, i, j, None].to(vectors.dtype))
         spread.movedim(1, -1)[b, i, j] = vectors.to(spread.dtype)
@@ -206,7 +204,7 @@ def _densities(weights: Tensor, size: Sequence[int]) -> tuple[list[int], list[in
         count = int(weight.count_nonzero())
         if count <= SPARSE * weight.numel():
             few.append(t)
-        elif count == weight.numel() and (weight.dtype == torch.bool or bool((weight == weight[0, 0, 0]).all())):
+        elif count == weight.numel() and (weight.dtype == torch.bool or bool(weight.min() == weight.max())):
             level.append(t)
         else:
             rest.append(t)
@@ -231,7 +229,7 @@ def _write(image: Tensor, patches: Tensor, slots: Sequence[int]) -> None:
     for length, slot in zip(image.shape[2:], slots, strict=True):
         whole, left = divmod(length, slot)
         parts = [(slice(0, whole * slot), slice(0, whole), slot), (slice(whole * slot, None), slice(whole, None), left)]
-        axes.append(parts[: 1 if left == 0 else 2][0 if whole else 1 :])
+        axes.append(parts[: 2 if left else 1][0 if whole else 1 :])
     for (rows, y, height), (columns, x, width) in itertools.product(*axes):
         part = image[:, :, rows, columns].unflatten(3, (-1, width)).unflatten(2, (-1, height))
         part.copy_(patches[:, :, y, None, x, None])
@@ -283,7 +281,7 @@ def _layout(pixels: Sequence[int], size: Sequence[int], sides: Sequence[int], de
 
 def _axis(pixels: int, cells: int, side: int, device: torch.device) -> _Axis:
     stride = pixels // cells
-    if pixels % cells == 0 and side % stride == 0:
+    if not (pixels % cells or side % stride):
         return _Axis(side // stride, -pixels % side, stride, None, None)
     # Each patch gets a slot for every cell that it touches, the first at the same place in all.
     starts = range(0, pixels, side)

@@ -155,16 +155,39 @@ def test_a_full_mask_sends_each_pixel_the_gradient_of_its_own_patch(side):
 @pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 24), (1, 7, 12), (3, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("turned", [False, True])
-def test_pixels_are_those_that_are_not_0(shape, dtype, share, turned):
+@pytest.mark.parametrize("layout", ["plain", "turned", "expanded"])
+def test_pixels_are_those_that_are_not_0(shape, dtype, share, layout):
     noise = torch.rand(shape[0], 2, *shape[1:], generator=torch.Generator().manual_seed(0)) < share
     weights = noise.to(dtype)[:, 1]
-    if turned:  # neighbours in a row lie apart
+    if layout == "turned":  # neighbours in a row lie apart
         weights = weights.mT.contiguous().mT
+    elif layout == "expanded":  # or are one
+        weights = weights[..., :1].expand(shape)
     found = [torch.stack(indices, 1) for indices in pooling._pixels(weights, pooling.COPIED // 20)]
     assert sorted(torch.cat(found).tolist()) == weights.nonzero().tolist()
     assert all(len(chunk) == 5 for chunk in found[:-1])
     assert len(found[-1]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("values", "way"),
+    [
+        ([0.0] * 64, "few"),
+        ([1.0] * 8 + [0.0] * 56, "few"),  # an eighth
+        ([1.0] * 9 + [0.0] * 55, "rest"),
+        ([1.0] * 63 + [0.0], "rest"),
+        ([1.0] * 64, "level"),
+        ([3.0] * 64, "level"),
+        ([3.0] * 63 + [2.0], "rest"),
+        ([2.0] + [3.0] * 63, "rest"),
+    ],
+)
+def test_few_pixels_are_summed_one_by_one_and_constant_weights_all_at_once(values, way):
+    weights = torch.tensor(values).reshape(1, 1, 8, 8)
+    padded = torch.nn.functional.pad(weights, (0, 3, 0, 2), value=5.0)  # of slots that are no cells
+    for dtype in (torch.float32, torch.bool) if max(values) <= 1 else (torch.float32,):
+        found = dict(zip(("few", "level", "rest"), pooling._densities(padded.to(dtype), (8, 8)), strict=True))
+        assert found == {"few": [], "level": [], "rest": []} | {way: [0]}
 
 
 @pytest.mark.parametrize("limit", [1, 40, 95, 96, 200, 10**6])

@@ -262,6 +262,20 @@ def test_without_gradients_one_rank_works_alone(tmp_path):
     torch.testing.assert_close(on_ranks(2, tmp_path, validated)[0], wanted.detach())
 
 
+def by_itself(rank, count, name):
+    images, weight, target = batch()
+    own = part((3, 3), rank)
+    return TERMS[name](4, ignore_index=-1)(features_of(images[own], weight), target[own]).detach()
+
+
+@term
+def test_without_the_option_each_rank_contrasts_its_own(term, tmp_path):
+    images, weight, target = batch()
+    for rank, got in enumerate(on_ranks(2, tmp_path, by_itself, term)):
+        own = part((3, 3), rank)
+        assert torch.equal(got, TERMS[term](4, ignore_index=-1)(features_of(images[own], weight), target[own]).detach())
+
+
 def one_rank(rank, count):
     loss, gradient = gathered(0, 1, "density", {"patch_size": 4}, (IMAGES,), 1, False)
     return loss, gradient

@@ -79,6 +79,7 @@ def test_repr_shows_the_options_that_are_set_and_nothing_else(name):
 
 def test_repr_names_options_parts_and_a_supervised_function():
     assert "supervised=<function" in repr(CombinedExudateLoss(supervised=lambda logits, _: logits.mean()))
+    assert "supervised" not in repr(CombinedExudateLoss())
     assert "num_patches=4" in repr(MODULES["density"])
     assert "select=3" in repr(MODULES["density"])
     assert "inner_radius=(1, 2)" in repr(MODULES["edge"])

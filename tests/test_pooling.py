@@ -122,6 +122,20 @@ def test_half_precision_accumulates_in_float32(dtype):
     assert (sums == 4096).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cells", [16, 4, 7])  # of those fewer than pixels each gets the gradients of several patches
+def test_half_precision_gradients_are_rounded_once(dtype, cells):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(1, 1, 16, 16, generator=generator) < 0.5
+    gradients = []
+    for precision in (dtype, torch.float32):
+        features = torch.zeros(1, 2, cells, cells, dtype=precision, requires_grad=True)
+        sums, _ = masked_sums(features, mask, (5, 5))
+        weights = torch.randn(sums.shape, generator=torch.Generator().manual_seed(1))
+        gradients += torch.autograd.grad((sums * weights).sum(), features)
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
 @pytest.mark.parametrize("cells", [64, 16, 20])
 def test_backward_keeps_no_tensor_of_the_features_size(cells):
     kept = []

@@ -46,6 +46,7 @@ OPTIONS = [
     ((Edge,), {"outer_radius": 1.5}, TypeError, "outer_radius must be an int >= 1 or a pair of ints, got 1.5"),
     ((Edge,), {"inner_radius": (1, 2)}, ValueError, "inner_radius must be an int >= 1 unless density_threshold is given"),
     ((Edge,), {"inner_radius": (1, 2, 3), "density_threshold": 0.5}, ValueError, "inner_radius must be an int >= 1 or a pair"),
+    ((Edge,), {"inner_radius": (1,), "density_threshold": 0.5}, ValueError, "inner_radius must be an int >= 1 or a pair"),
     ((Edge,), {"inner_radius": (1, 0), "density_threshold": 0.5}, ValueError, "inner_radius must be an int >= 1, got 0"),
     ((Edge,), {"inner_radius": (1, "2"), "density_threshold": 0.5}, TypeError, "inner_radius must be an int >= 1, got '2'"),
     ((Edge,), {"density_threshold": 1.0}, ValueError, "density_threshold must be a number >= 0 and < 1, got 1.0"),
@@ -107,6 +108,7 @@ TENSORS = [
     ("features", FEATURES.numpy(), TypeError, "features must be a (B, C, h, w) torch.Tensor, got ndarray"),
     ("features", FEATURES.to_sparse(), TypeError, "features must be a dense (B, C, h, w) tensor"),
     ("target", torch.zeros(2, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 16, 16); add the class axis"),
+    ("target", torch.zeros(2, 1, 1, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 1, 1, 16, 16)"),
     ("target", torch.zeros(2, 0, 16, 16), ValueError, "target must be (B, K, H, W) with no axis of length 0"),
     ("target", torch.zeros(2, 1, 16, 16, dtype=torch.complex64), TypeError, "target must be bool, integer or floating"),
     ("target", [[0, 1]], TypeError, "target must be a (B, K, H, W) torch.Tensor, got list"),
@@ -210,6 +212,8 @@ def test_each_part_checks_by_its_own_ignore_index():
         Combined(density=Density(ignore_index=255), supervised=torch.nn.MSELoss())(LOGITS, target, FEATURES)
     with pytest.raises(ValueError, match="target must hold only 0 and 1 and ignore_index = 255, got 7"):
         Density(ignore_index=255)(FEATURES, spoiled(7))
+    with pytest.raises(ValueError, match="target must hold only 0 and 1 and ignore_index = -1, got 255"):
+        Density(ignore_index=-1)(FEATURES, target)
 
 
 def test_values_are_checked_at_every_call_on_the_cpu():

@@ -121,7 +121,18 @@ def test_no_layer_is_said_with_those_that_ran():
 def test_a_model_without_convolution_or_linear_layer_is_said():
     net = Net(lambda net, x: x * net.scale, scale=nn.Parameter(torch.ones(1)))
     FeatureTap(net)
-    with pytest.raises(ValueError, match=r"no convolution or linear layer .* give the features to the criterion"):
+    with pytest.raises(ValueError, match=r"no convolution or linear layer .* give the features .* yourself$"):
+        net(IMAGES)
+
+
+@pytest.mark.parametrize(("layer", "said"), [(None, "no convolution or linear layer"), ("volume", "a 4-D input")])
+def test_a_layer_of_volumes_is_no_layer_of_images(layer, said):
+    def outcome(net, x):
+        return net.volume(x.movedim(1, -1)[:, None]).movedim(-1, 1)[:, :, 0]  # of an input (B, 1, h, w, C)
+
+    net = Net(outcome, volume=nn.Linear(3, 1))
+    FeatureTap(net, layer)
+    with pytest.raises(ValueError, match=said):
         net(IMAGES)
 
 

@@ -27,7 +27,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     Args:
         features: (B, C, h, w), floating.
         masks: (B, T, H, W), bool.
-        sides: patch height and width, in target pixels.
+        sides: patch height and width, in target pixels, at most those of the masks.
 
     Returns:
         sums: (B, T, gh, gw, C), float64 for float64 features, else float32.
@@ -229,7 +229,7 @@ def _write(image: Tensor, patches: Tensor, slots: Sequence[int]) -> None:
     for length, slot in zip(image.shape[2:], slots, strict=True):
         whole, left = divmod(length, slot)
         parts = [(slice(0, whole * slot), slice(0, whole), slot), (slice(whole * slot, None), slice(whole, None), left)]
-        axes.append(parts[: 2 if left else 1][0 if whole else 1 :])
+        axes.append(parts[: 2 if left else 1])
     for (rows, y, height), (columns, x, width) in itertools.product(*axes):
         part = image[:, :, rows, columns].unflatten(3, (-1, width)).unflatten(2, (-1, height))
         part.copy_(patches[:, :, y, None, x, None])

@@ -233,6 +233,19 @@ def test_features_are_read_as_they_are_where_each_cell_is_whole_and_in_one_patch
     assert (pooling._axis(pixels, cells, side, torch.device("cpu")).cell is None) == as_they_are
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+@example(20, 7, 5)
+@example(16, 4, 6)
+def test_a_patch_has_as_many_slots_as_the_most_cells_that_one_touches(pixels, cells, side):
+    side = min(side, pixels)
+    axis = pooling._axis(pixels, cells, side, torch.device("cpu"))
+    cell = reference.cells(pixels, cells)
+    most = max(len(set(cell[start : start + side])) for start in range(0, pixels, side))
+    if cells <= pixels:  # or there are cells between, which no pixel touches
+        assert axis.slots == most
+    assert axis.slots >= most
+
+
 @given(cases())
 def test_custom_operators_keep_the_rules_of_torch_library(case):
     features, mask, sides = case

@@ -99,3 +99,8 @@ def test_a_device_without_float64_divides_on_the_cpu():
             return torch.tensor(3, device=device, dtype=dtype)
 
     assert lesion_fraction(Counts(), Counts()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("lesion", "valid", "wanted"), [(1, 1, 1.0), (0, 1, 0.0), (1, 2, 0.5), (0, 0, 0.0)])
+def test_a_patch_of_one_valid_pixel_is_all_lesion_or_none(lesion, valid, wanted):
+    assert lesion_fraction(torch.tensor([lesion]), torch.tensor([valid])).tolist() == [wanted]

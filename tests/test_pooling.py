@@ -206,7 +206,7 @@ def test_few_pixels_are_summed_one_by_one_and_constant_weights_all_at_once(value
 
 @pytest.mark.parametrize("limit", [1, 40, 95, 96, 200, 10**6])
 def test_chunks_hold_as_many_rows_of_patches_as_fit_and_one_at_least(limit):
-    features, slots, grid_rows = torch.zeros(2, 3, 18, 4), (4, 4), 5
+    features, slots, grid_rows = torch.zeros(2, 3, 18, 4), (4, 2), 5
     chunks = pooling._row_chunks(features, slots, grid_rows, limit)
     assert [y for _, patches in chunks for y in range(patches.start, patches.stop)] == list(range(grid_rows))
     fitting = max(1, sum(n * 2 * 3 * 4 * 4 <= limit for n in range(1, grid_rows + 1)))

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import reference
 import torch
 from hypothesis import given

@@ -18,7 +18,7 @@ from contrastive_exudate_loss import FeatureTap
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # None stands for a module there
 
 Result = TypeVar("Result")
 # The first steps allocate memory and choose kernels; they are left out while enough others remain.

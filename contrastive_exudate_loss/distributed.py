@@ -20,7 +20,7 @@ def rank_and_count() -> tuple[int, int]:
     return 0, 1
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
 def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tensor, ...]:
     """The rows of all processes, in the order of their ranks.
 
@@ -56,7 +56,7 @@ def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tenso
     return found.to(vectors.dtype), *flat
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
 def sum_of_ranks(loss: Tensor) -> Tensor:
     """Sum of the losses of all processes, with gradients; every process must call it.
 

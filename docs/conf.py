@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE))
 
 import figures  # noqa: E402 - found by the line above
 
-import contrastive_exudate_loss  # noqa: E402
+import contrastive_exudate_loss  # noqa: E402 - stays below the import that is found by a line of code
 
 project = "contrastive_exudate_loss"
 author = "the contrastive_exudate_loss authors"

@@ -2,7 +2,9 @@
 
 import datetime
 import multiprocessing
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ LIMIT = 60
 
 def on_ranks(count, folder, function, *arguments, limit=LIMIT):
     """What function(rank, count, *arguments) returns on each rank; the test fails where one fails or hangs."""
+    folder = Path(tempfile.mkdtemp(dir=folder))  # a store's file may outlive its group, and would hang the next one
     context = torch.multiprocessing.start_processes(
         _run, (count, folder, function, arguments), count, join=False, start_method="forkserver"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from monai.losses.hausdorff_loss import HausdorffDTLoss
+from pairs import OtherPairsLoss
 from photographs import CHANNELS
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, TverskyLoss
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ class Settings:
             raise ValueError(
                 f"disc must not be 'ignored' where supervised is {self.supervised!r}, which ignores nothing"
             )
+        if self.disc != "background" and "pairs" in self.density:
+            raise ValueError(f"disc must be 'background' where density has pairs, got {self.disc!r}")
 
 
 class Objective:
@@ -144,11 +147,12 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
         criterion = CombinedExudateLoss.hecl(supervised=supervised, ignore_index=ignore_index)
         criterion.alpha, criterion.beta = settings.alpha, settings.beta
         return criterion
+    density = OtherPairsLoss if "pairs" in settings.density else PatchDensityContrastLoss
     return CombinedExudateLoss(
         settings.alpha,
         settings.beta,
         supervised=supervised,
-        density=PatchDensityContrastLoss(ignore_index=ignore_index, **settings.density),
+        density=density(ignore_index=ignore_index, **settings.density),
         edge=PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge),
         ignore_index=ignore_index,
     )

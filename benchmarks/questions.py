@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from objective import Settings
+from pairs import PAIRS
 
 BCE = Settings()
 PAPER = dataclasses.replace(BCE, alpha=0.02, beta=0.1)
@@ -52,20 +53,18 @@ PEERS = {
     "bce": BCE,
     **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
-# The weights, then one factor at a time from SCALED.
+# The weights, then one factor at a time from SCALED; all of them short.
 FACTORS = {
     "both, edge / 50": SCALED,
     "both, edge / 500": _but(SCALED, beta=0.0002),
     "edge / 50": _but(SCALED, alpha=0.0),
-    "bce + density": FIRST["bce + density"],
     "bce + density x 3": _but(BCE, alpha=0.06),
     "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
-    "both": PAPER,
     "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
     "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
     "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
-    "hecl": FIRST["hecl"],
+    **{f"hecl x {n}": _but(FIRST["hecl"], alpha=0.01 * n, beta=0.01 * n) for n in (3, 10)},
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)
     },
@@ -74,12 +73,17 @@ FACTORS = {
     **{f"threshold {t}": _but(SCALED, density={"threshold": t}) for t in (0.05, 0.1, 0.3)},
     **{f"radii {r}": _but(SCALED, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
     "sup_con": _but(SCALED, density={"contrast": "sup_con"}, edge={"contrast": "sup_con"}),
+    **{f"{pairs} pairs": _but(SCALED, density={"pairs": pairs}) for pairs in PAIRS},
     "a band an image": _but(SCALED, edge={"scope": "image"}),
     "features before the last block": _but(SCALED, layer="decoder.blocks.4"),
     "projection": _but(SCALED, projection=True),
     "ramp": _but(SCALED, weights="ramp"),
     **{f"share {s}": _but(BCE, alpha=s, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
 }
+SHORT, SCREENED = (
+    {f"{name}, short": _but(settings, steps=450) for name, settings in arms.items()}
+    for arms in (FIRST, {**FIRST, **FACTORS})
+)
 NETWORKS = {
     f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST
 }
@@ -99,7 +103,8 @@ QUESTIONS = {
     "a": Question(FIRST, 5, tested=True),
     "b": Question(DISC, 3, tested=True),
     "c": Question(PEERS, 3, tested=True),
-    "d": Question({"bce": BCE, **FACTORS}, 2, tested=False),
+    "s": Question({**FIRST, **SHORT}, 2, tested=False),
+    "d": Question(SCREENED, 2, tested=False),
     "f": Question(NETWORKS, 3, tested=True),
     "g": Question(RESOLUTION, 2, tested=True),
     "h": Question(OTHER, 2, tested=True),

@@ -127,6 +127,7 @@ def test_a_projection_stands_between_features_and_terms():
     ("options", "message"),
     [
         ({"supervised": "focal", "disc": "ignored"}, "disc must not be 'ignored' where supervised is 'focal'"),
+        ({"density": {"pairs": "affinity"}, "disc": "ignored"}, "disc must be 'background' where density has pairs"),
         ({"disc": "ignore"}, "disc must be one of .*, got 'ignore'"),
         ({"weights": "rmap"}, "weights must be one of .*, got 'rmap'"),
         ({"supervised": "BCE"}, "supervised must be one of .*, got 'BCE'"),

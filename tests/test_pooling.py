@@ -6,6 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import features_for, masks
+from torch.overrides import TorchFunctionMode
 
 from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
@@ -181,6 +182,29 @@ def test_pixels_are_those_that_are_not_0(shape, dtype, share, layout):
     assert sorted(torch.cat(found).tolist()) == weights.nonzero().tolist()
     assert all(len(chunk) == 5 for chunk in found[:-1])
     assert len(found[-1]) <= 5
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes"),
+    [
+        (torch.ones(2, 3, 16, dtype=torch.bool), [12, 96]),
+        (torch.ones(2, 3, 9, dtype=torch.bool), [54]),
+        (torch.ones(2, 16, 3, dtype=torch.bool).mT, [96]),
+        (torch.ones(2, 3, 16), [96]),
+    ],
+)
+def test_pixels_of_bool_rows_are_looked_at_eight_at_a_time(weights, sizes):
+    looked_at = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function is torch.Tensor.nonzero:
+                looked_at.append(arguments[0].numel())
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        list(pooling._pixels(weights, 1))
+    assert looked_at == sizes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """IDRiD is read rightly, or refused in a sentence."""
 
 import os
+import re
 from pathlib import Path
 
 import folders
@@ -11,6 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from photographs import EYE
 from PIL import Image
 
 SQUARE = np.zeros((40, 60), bool)
@@ -210,3 +212,25 @@ def test_a_slice_of_it_reads_the_same_in_folders_of_another_data_set(tmp_path):
         assert torch.equal(sample.image, again.image)
         assert torch.equal(sample.lesion, again.lesion)
         assert sample.lesion.any()
+
+
+@pytest.mark.skipif("IDRID" not in os.environ, reason="set IDRID to the folder of the data set")
+def test_the_page_counts_its_dense_patches_rightly():
+    page = (Path(idrid.__file__).parents[1] / "docs/setting.md").read_text()
+    (code,) = re.findall(r"```python\n(import torch\n\n\ndef dense_patches.*?)\n\n\n", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    masks = []
+    for files in idrid.split_files(Path(os.environ["IDRID"]), "train", "EX"):
+        with Image.open(files.image) as image:
+            lesion = idrid.read_lesion(files, image.size)[:, slice(*EYE)]
+        masks.append(torch.from_numpy(idrid.reduced_mask(lesion, idrid.reduced_size(lesion.shape[::-1], 712))))
+    (_, sides), *rows = re.findall(r"^\| (threshold|0\.\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for threshold, cells in rows:
+        for side, cell in zip(map(int, re.findall(r"\d+", sides)), cells.split(" | "), strict=True):
+            counts = [names["dense_patches"](mask, side, float(threshold)) for mask in masks]
+            having, mean = cell.split("; ")
+            assert sum(count > 0 for count in counts) == int(having)
+            digits = len(mean.partition(".")[2])
+            assert round(sum(counts) / len(masks), digits) == float(mean)

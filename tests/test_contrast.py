@@ -5,6 +5,7 @@ import math
 import pytest
 import reference
 import torch
+from calls import Calls
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
@@ -299,6 +300,15 @@ def test_sum_of_softplus_equals_its_terms_to_float32_rounding(width, seed, level
     got = module._softplus_to_sigmoid_(x, torch.empty_like(x))
     torch.testing.assert_close(got.double(), wanted[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(x.double(), wanted[1], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(("loss", "again"), [(0.05, []), (0.01, [70, 3])])
+def test_one_logarithm_is_taken_for_64_values_and_another_where_digits_were_lost(loss, again):
+    x = torch.full((1, 70 * 64 + 3), math.log(math.expm1(loss)))
+    with Calls() as calls:
+        module._softplus_to_sigmoid_(x, torch.empty_like(x))
+    assert calls.sizes["log"][:2] == [70, 3]
+    assert calls.sizes["log1p"] == again
 
 
 @pytest.mark.parametrize("angle", [0.3, 0.6, 1.0, 1.5])

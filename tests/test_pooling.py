@@ -3,10 +3,10 @@
 import pytest
 import reference
 import torch
+from calls import Calls
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import features_for, masks
-from torch.overrides import TorchFunctionMode
 
 from contrastive_exudate_loss import pooling
 from contrastive_exudate_loss.pooling import embeddings, masked_sums
@@ -194,17 +194,9 @@ def test_pixels_are_those_that_are_not_0(shape, dtype, share, layout):
     ],
 )
 def test_pixels_of_bool_rows_are_looked_at_eight_at_a_time(weights, sizes):
-    looked_at = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, arguments=(), options=None):
-            if function is torch.Tensor.nonzero:
-                looked_at.append(arguments[0].numel())
-            return function(*arguments, **(options or {}))
-
-    with Watch():
+    with Calls() as calls:
         list(pooling._pixels(weights, 1))
-    assert looked_at == sizes
+    assert calls.sizes["nonzero"] == sizes
 
 
 @pytest.mark.parametrize(

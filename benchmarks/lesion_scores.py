@@ -9,6 +9,7 @@ from scipy import ndimage
 Array = npt.NDArray[np.bool_]
 SMALL = 25  # pixels; a component with fewer is a small lesion
 NEAR = 2  # pixels, Euclidean: how far a predicted boundary may lie from the true one
+THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # of the probability, for f1_by_threshold
 EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
 
 
@@ -44,6 +45,12 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
         "predicted_edge_near": int((predicted_edge & _near(edge)).sum()),
         "disc_fp": int((wrong & disc).sum()),
     }
+
+
+def f1_by_threshold(probability: npt.NDArray[np.float32], lesion: Array) -> list[float]:
+    """F1 of one photograph's pixels with a probability above each of THRESHOLDS; both (H, W)."""
+    predictions = [probability > threshold for threshold in THRESHOLDS]
+    return [_ratio(2 * int((p & lesion).sum()), int(p.sum() + lesion.sum())) for p in predictions]
 
 
 def metrics(photographs: Sequence[Mapping[str, int]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from cost import PeakMemory, quartiles
 from idrid import DataError
-from lesion_scores import counts, metrics
+from lesion_scores import THRESHOLDS, counts, f1_by_threshold, metrics
 from machine import environment
 from networks import STRIDE, network
 from objective import Objective, Settings, gradient_norms
@@ -133,12 +133,14 @@ def evaluation(
     """Metrics of whole photographs at probability 0.5, and the counts that they are made of.
 
     Returns:
-        lesion_scores.metrics and average_precision, each the mean over the lesions.
+        lesion_scores.metrics, average_precision and f1_by_threshold, each the mean over the lesions; the last is that
+        of the photographs with the lesion.
         for each photograph and lesion its name, the lesion, and lesion_scores.counts.
     """
     found: list[dict[str, Any]] = []
     probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
     truth: list[list[Tensor]] = [[] for _ in settings.lesions]
+    by_threshold: list[list[list[float]]] = [[] for _ in settings.lesions]
     model.eval()
     for sample in samples:
         probability = _probability(model, sample)
@@ -147,6 +149,8 @@ def evaluation(
             disc = sample.lesion[CHANNELS.index("OD")]
             probabilities[k].append(probability[k].flatten())
             truth[k].append(mask.flatten())
+            if mask.any():
+                by_threshold[k].append(f1_by_threshold(np.asarray(probability[k]), np.asarray(mask)))
             found.append(
                 {
                     "name": sample.name,
@@ -159,7 +163,10 @@ def evaluation(
         numbers = [{n: v for n, v in p.items() if isinstance(v, int)} for p in found if p["lesion"] == lesion]
         precision = binary_average_precision(torch.cat(probabilities[k]), torch.cat(truth[k]).int())
         tables.append({**metrics(numbers), "average_precision": float(precision)})
-    return {name: sum(t[name] for t in tables) / len(tables) for name in tables[0]}, found
+    summary: dict[str, Any] = {name: sum(t[name] for t in tables) / len(tables) for name in tables[0]}
+    means = [np.mean(f1, 0) if f1 else np.zeros(len(THRESHOLDS)) for f1 in by_threshold]
+    summary["f1_by_threshold"] = np.mean(means, 0).round(5).tolist()
+    return summary, found
 
 
 def _probability(model: nn.Module, sample: Sample) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from differences import Difference, over_photographs, over_seeds, paired
+from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
 from study import RESULTS, read_lines, runs_of
 from study_plots import write_curves, write_differences
@@ -29,8 +30,11 @@ SHOWN = {
     "small_recall": "small-lesion recall",
     "boundary_f1": "boundary F1",
     "disc_fp": "false positives in the disc",
+    "f1_tuned": "F1, best threshold of the fold",
+    "threshold": "that threshold",
 }
-COMPARED = ("f1", "iou", "small_recall", "boundary_f1", "disc_fp")
+COMPARED = ("f1", "f1_tuned", "average_precision", "iou", "small_recall", "boundary_f1", "disc_fp")
+NOT_COUNTED = ("f1_tuned", "average_precision")  # for each photograph, so that they have no bootstrap
 PARTS = {"density": "alpha", "edge": "beta"}
 Run = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Run]]
@@ -90,8 +94,22 @@ def replaced(document: str, text: str) -> str:
 
 def _arms(question: Question, lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each arm that has one."""
-    found = {name: runs_of(name, question, lines) for name in question.arms}
+    found = {name: [_tuned(run) for run in runs_of(name, question, lines)] for name in question.arms}
     return {name: runs for name, runs in found.items() if runs}
+
+
+def _tuned(run: dict[str, Any]) -> dict[str, Any]:
+    """With F1 at the threshold that is best on the fold; unchanged where a run of old has none at other thresholds."""
+    *earlier, last = run["curve"]
+    if "f1_by_threshold" not in last:
+        return run
+    best = max(range(len(THRESHOLDS)), key=last["f1_by_threshold"].__getitem__)
+
+    def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics | {"f1_tuned": metrics["f1_by_threshold"][best], "threshold": THRESHOLDS[best]}
+
+    test = {"test": tuned(run["test"])} if run["tested"] else {}
+    return run | {"curve": [*earlier, tuned(last)]} | test
 
 
 def _pairs(question: Question, arms: Arms) -> dict[str, list[tuple[Run, Run]]]:
@@ -105,7 +123,8 @@ def _metrics(question: Question, arms: Arms) -> str:
     rows = [["test photographs" if question.tested else "validation fold", "seeds", *SHOWN.values()]]
     for name, runs in arms.items():
         found = [run["test"] if question.tested else run["curve"][-1] for run in runs]
-        rows.append([name, str(len(found)), *(_spread([one[key] for one in found]) for key in SHOWN)])
+        cells = (_spread([one[key] for one in found if key in one]) for key in SHOWN)
+        rows.append([name, str(len(found)), *cells])
     return aligned(rows)
 
 
@@ -117,8 +136,11 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
     for name, own in pairs.items():
         cells = []
         for key in COMPARED:
-            cell = _interval(over_seeds(own, key, tested=question.tested))
-            if question.tested:
+            known = [
+                pair for pair in own if all(key in (r["test"] if question.tested else r["curve"][-1]) for r in pair)
+            ]
+            cell = _interval(over_seeds(known, key, tested=question.tested)) if known else "-"
+            if question.tested and key not in NOT_COUNTED:
                 lower, upper = over_photographs(own, key).interval or (0.0, 0.0)
                 cell += f"; {lower:+.3f} to {upper:+.3f}"
             cells.append(cell)
@@ -170,6 +192,8 @@ def _mean(values: Sequence[float], shown: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lesion_scores import NEAR, SMALL, counts, metrics
+from lesion_scores import NEAR, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
 from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
 
 
@@ -95,3 +95,14 @@ def test_a_boundary_may_lie_two_pixels_off():
     scores = [metrics([counts(np.roll(lesion, shift, 0), lesion, lesion)])["boundary_f1"] for shift in (0, 2, 4)]
     assert scores[0] == scores[1] == 1
     assert scores[2] < 1
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 1.0]))
+def test_f1_by_threshold_equals_torchmetrics(seed, share):
+    generator = np.random.default_rng(seed)
+    probability, lesion = generator.random((9, 7), np.float32), generator.random((9, 7)) < share
+    wanted = [
+        binary_f1_score(torch.from_numpy(probability), torch.from_numpy(lesion).int(), threshold).item()
+        for threshold in THRESHOLDS
+    ]
+    assert f1_by_threshold(probability, lesion) == pytest.approx(wanted)

@@ -147,12 +147,16 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
         criterion = CombinedExudateLoss.hecl(supervised=supervised, ignore_index=ignore_index)
         criterion.alpha, criterion.beta = settings.alpha, settings.beta
         return criterion
-    density = OtherPairsLoss if "pairs" in settings.density else PatchDensityContrastLoss
+    density = (
+        OtherPairsLoss(**settings.density)
+        if "pairs" in settings.density
+        else PatchDensityContrastLoss(ignore_index=ignore_index, **settings.density)
+    )
     return CombinedExudateLoss(
         settings.alpha,
         settings.beta,
         supervised=supervised,
-        density=density(ignore_index=ignore_index, **settings.density),
+        density=density,
         edge=PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge),
         ignore_index=ignore_index,
     )

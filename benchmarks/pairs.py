@@ -5,8 +5,6 @@ nt_xent with weights, for anchor i, positive j and negatives k of cosine similar
     loss = sum_ij p_ij softplus(logsumexp_k(s_ik + log q_ik) - s_ij) / sum_ij p_ij
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,17 +20,18 @@ class OtherPairsLoss(PatchDensityContrastLoss):
     Args:
         pairs: "balanced": pairs of dense patches weigh together as much as pairs of sparse ones. "own image": an
             anchor's negatives are of its own image, and one without any is none. "affinity": of patches with lesion
-            fractions d and e, 1 - |d - e| is the weight as positives, |d - e| that as negatives; no threshold.
+            fractions d and e, 1 - |d - e| is the weight as positives, |d - e| that as negatives.
         patch_size: side of a patch in target pixels.
-        **options: threshold and temperature of PatchDensityContrastLoss.
+        threshold: as in PatchDensityContrastLoss; "affinity" has none.
+        temperature: as in PatchDensityContrastLoss.
 
     Shape:
         - features: (B, C, H, W), floating; patch_size divides H and W.
         - target: (B, 1, H, W) of 0 and 1.
     """
 
-    def __init__(self, pairs: str, patch_size: int = 16, **options: Any) -> None:
-        super().__init__(patch_size, **options)
+    def __init__(self, pairs: str, patch_size: int = 16, threshold: float = 0.5, temperature: float = 0.05) -> None:
+        super().__init__(patch_size, threshold=threshold, temperature=temperature)
         if pairs not in PAIRS:
             raise ValueError(f"pairs must be one of {PAIRS}, got {pairs!r}")
         self.pairs = pairs

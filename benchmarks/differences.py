@@ -25,15 +25,21 @@ def paired(runs: Sequence[Run], others: Sequence[Run]) -> list[tuple[Run, Run]]:
     return [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
 
 
+def measured(run: Run, *, tested: bool) -> Mapping[str, Any]:
+    """A run's metrics on the test photographs, else on the validation fold after the last step."""
+    found: Mapping[str, Any] = run["test"] if tested else run["curve"][-1]
+    return found
+
+
 def over_seeds(pairs: Sequence[tuple[Run, Run]], metric: str, *, tested: bool = True) -> Difference:
     """Mean difference in a metric, with a paired t interval.
 
     Args:
         pairs: at least one.
-        metric: of lesion_scores.metrics, or average_precision.
-        tested: on the test photographs, else on the validation fold after the last step.
+        metric: which all of them have.
+        tested: as in measured.
     """
-    values = [[(run["test"] if tested else run["curve"][-1])[metric] for run in pair] for pair in pairs]
+    values = [[measured(run, tested=tested)[metric] for run in pair] for pair in pairs]
     differences = [one - other for one, other in values]
     mean = float(np.mean(differences))
     if len(pairs) < 2:

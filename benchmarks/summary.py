@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from differences import Difference, over_photographs, over_seeds, paired
+from differences import Difference, measured, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
 from study import RESULTS, read_lines, runs_of
@@ -122,7 +122,7 @@ def _metrics(question: Question, arms: Arms) -> str:
     """Mean and standard deviation over seeds."""
     rows = [["test photographs" if question.tested else "validation fold", "seeds", *SHOWN.values()]]
     for name, runs in arms.items():
-        found = [run["test"] if question.tested else run["curve"][-1] for run in runs]
+        found = [measured(run, tested=question.tested) for run in runs]
         cells = (_spread([one[key] for one in found if key in one]) for key in SHOWN)
         rows.append([name, str(len(found)), *cells])
     return aligned(rows)
@@ -136,9 +136,7 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
     for name, own in pairs.items():
         cells = []
         for key in COMPARED:
-            known = [
-                pair for pair in own if all(key in (r["test"] if question.tested else r["curve"][-1]) for r in pair)
-            ]
+            known = [pair for pair in own if all(key in measured(run, tested=question.tested) for run in pair)]
             cell = _interval(over_seeds(known, key, tested=question.tested)) if known else "-"
             if question.tested and key not in NOT_COUNTED:
                 lower, upper = over_photographs(own, key).interval or (0.0, 0.0)

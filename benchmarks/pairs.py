@@ -22,27 +22,26 @@ class OtherPairsLoss(PatchDensityContrastLoss):
             anchor's negatives are of its own image, and one without any is none. "affinity": of patches with lesion
             fractions d and e, 1 - |d - e| is the weight as positives, |d - e| that as negatives.
         patch_size: side of a patch in target pixels.
-        threshold: as in PatchDensityContrastLoss; "affinity" has none.
-        temperature: as in PatchDensityContrastLoss.
+        temperature: as in PatchDensityContrastLoss, whose default threshold tells dense from sparse.
 
     Shape:
         - features: (B, C, H, W), floating; patch_size divides H and W.
         - target: (B, 1, H, W) of 0 and 1.
     """
 
-    def __init__(self, pairs: str, patch_size: int = 16, threshold: float = 0.5, temperature: float = 0.05) -> None:
-        super().__init__(patch_size, threshold=threshold, temperature=temperature)
+    def __init__(self, pairs: str, patch_size: int = 16, temperature: float = 0.05) -> None:
+        super().__init__(patch_size, temperature=temperature)
         if pairs not in PAIRS:
             raise ValueError(f"pairs must be one of {PAIRS}, got {pairs!r}")
         self.pairs = pairs
-        self.side = patch_size
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, 0 where there is nothing to contrast; arguments as under Shape."""
-        vectors = F.avg_pool2d(features, self.side).movedim(1, -1)
+        sides = self._sides(target)
+        vectors = F.avg_pool2d(features, sides).movedim(1, -1)
         similarities = F.normalize(vectors.flatten(0, 2), dim=1) / self.temperature**0.5
         similarities = similarities @ similarities.T
-        fraction = F.avg_pool2d(target, self.side)
+        fraction = F.avg_pool2d(target, sides)
         image = torch.arange(len(target)).view(-1, 1, 1, 1).expand_as(fraction).flatten()
         positives, negatives = self._weights(fraction.flatten(), image)
         anchors = (negatives.any(1) & positives.any(1)).nonzero()[:, 0]

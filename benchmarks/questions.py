@@ -33,6 +33,10 @@ def _but(settings: Settings, **changes: object) -> Settings:
     return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]  # each name has a type of its own
 
 
+def _short(arms: dict[str, Settings]) -> dict[str, Settings]:
+    return {f"{name}, short": _but(settings, steps=450) for name, settings in arms.items()}
+
+
 FIRST = {
     "bce": BCE,
     "bce + density": _but(PAPER, beta=0.0),
@@ -53,7 +57,7 @@ PEERS = {
     "bce": BCE,
     **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
-# The weights, then one factor at a time from SCALED; all of them short.
+# The weights, then one factor at a time from SCALED.
 FACTORS = {
     "both, edge / 50": SCALED,
     "both, edge / 500": _but(SCALED, beta=0.0002),
@@ -80,10 +84,6 @@ FACTORS = {
     "ramp": _but(SCALED, weights="ramp"),
     **{f"share {s}": _but(BCE, alpha=s, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
 }
-SHORT, SCREENED = (
-    {f"{name}, short": _but(settings, steps=450) for name, settings in arms.items()}
-    for arms in (FIRST, {**FIRST, **FACTORS})
-)
 NETWORKS = {
     f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST
 }
@@ -103,8 +103,8 @@ QUESTIONS = {
     "a": Question(FIRST, 5, tested=True),
     "b": Question(DISC, 3, tested=True),
     "c": Question(PEERS, 3, tested=True),
-    "s": Question({**FIRST, **SHORT}, 2, tested=False),
-    "d": Question(SCREENED, 2, tested=False),
+    "s": Question({**FIRST, **_short(FIRST)}, 2, tested=False),
+    "d": Question(_short({**FIRST, **FACTORS}), 2, tested=False),
     "f": Question(NETWORKS, 3, tested=True),
     "g": Question(RESOLUTION, 2, tested=True),
     "h": Question(OTHER, 2, tested=True),

@@ -123,8 +123,8 @@ def _metrics(question: Question, arms: Arms) -> str:
     rows = [["test photographs" if question.tested else "validation fold", "seeds", *SHOWN.values()]]
     for name, runs in arms.items():
         found = [measured(run, tested=question.tested) for run in runs]
-        cells = (_spread([one[key] for one in found if key in one]) for key in SHOWN)
-        rows.append([name, str(len(found)), *cells])
+        columns = [[one[key] for one in found if key in one] for key in SHOWN]
+        rows.append([name, str(len(found)), *(_spread(c) + _fewer(len(c), len(found)) for c in columns)])
     return aligned(rows)
 
 
@@ -138,6 +138,7 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
         for key in COMPARED:
             known = [pair for pair in own if all(key in measured(run, tested=question.tested) for run in pair)]
             cell = _interval(over_seeds(known, key, tested=question.tested)) if known else "-"
+            cell += _fewer(len(known), len(own))
             if question.tested and key not in NOT_COUNTED:
                 lower, upper = over_photographs(own, key).interval or (0.0, 0.0)
                 cell += f"; {lower:+.3f} to {upper:+.3f}"
@@ -193,6 +194,11 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _fewer(known: int, seeds: int) -> str:
+    """Of how many seeds a cell is, where that is not what the row says."""
+    return f" ({known} seed{'s' * (known > 1)})" if 0 < known < seeds else ""
 
 
 def _interval(difference: Difference) -> str:

@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 
 from contrastive_exudate_loss import PatchDensityContrastLoss
 
-OPTIONS = {"patch_size": 4, "threshold": 0.3, "temperature": 0.5}
+OPTIONS = {"patch_size": 4, "temperature": 0.5}
+THRESHOLD = 0.5
 
 
 def patches(images=2):
@@ -39,7 +40,7 @@ def loops(features, target, positive, negative):
 
 
 def dense(fact):
-    return fact[0] > OPTIONS["threshold"]
+    return fact[0] > THRESHOLD
 
 
 def alike(facts, i, j):

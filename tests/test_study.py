@@ -237,7 +237,23 @@ def test_the_threshold_is_chosen_on_the_fold():
     assert found[0]["curve"][-1]["f1_tuned"] == pytest.approx(runs[0]["test"]["f1"] + 0.01)
     assert found[1] == old
     cells = rows(summary.answer("x", Question({"bce": TINY}, 9, tested=True), {"bce": found}))["bce"][0]
-    assert cells[-2] == f"{np.mean([0.03, 0.07]):.3f} ± {np.std([0.03, 0.07], ddof=1):.3f}"
+    assert cells[-2] == f"{np.mean([0.03, 0.07]):.3f} ± {np.std([0.03, 0.07], ddof=1):.3f} (2 seeds)"
+
+
+class Guesses(nn.Module):
+    """Random logits of two lesions."""
+
+    def forward(self, images):
+        return torch.randn(len(images), 2, *images.shape[2:], generator=torch.Generator().manual_seed(images.shape[3]))
+
+
+def test_f1_by_threshold_has_f1_at_its_middle(folder):
+    samples = study.photographs(folder / "data", "train", 48, folder / "cache")
+    found, photographs = study.evaluation(Guesses(), samples, dataclasses.replace(TINY, lesions=("EX", "SE")))
+    assert {p["lesion"] for p in photographs if p["tp"] + p["fn"]} == {"EX", "SE"}
+    assert found["f1"] > 0.01
+    assert found["f1_by_threshold"][THRESHOLDS.index(0.5)] == pytest.approx(found["f1"], abs=1e-5)
+    assert len(set(found["f1_by_threshold"])) > 10
 
 
 @pytest.mark.parametrize("tested", [True, False])

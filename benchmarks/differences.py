@@ -31,26 +31,24 @@ def measured(run: Run, *, tested: bool) -> Mapping[str, Any]:
     return found
 
 
-def over_seeds(pairs: Sequence[tuple[Run, Run]], metric: str, *, tested: bool = True) -> Difference:
-    """Mean difference in a metric, with a paired t interval.
+def of_each_seed(pairs: Sequence[tuple[Run, Run]], metric: str, *, tested: bool = True) -> list[float]:
+    """The differences in a metric, of the pairs in which both have it; tested: as in measured."""
+    found = [[measured(run, tested=tested) for run in pair] for pair in pairs]
+    return [one[metric] - other[metric] for one, other in found if metric in one and metric in other]
 
-    Args:
-        pairs: at least one.
-        metric: which all of them have.
-        tested: as in measured.
-    """
-    values = [[measured(run, tested=tested)[metric] for run in pair] for pair in pairs]
-    differences = [one - other for one, other in values]
+
+def over_seeds(differences: Sequence[float]) -> Difference:
+    """The mean of at least one, with its t interval."""
     mean = float(np.mean(differences))
-    if len(pairs) < 2:
+    if len(differences) < 2:
         return Difference(mean, None)
-    error = float(np.std(differences, ddof=1)) / len(pairs) ** 0.5
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * error
+    error = float(np.std(differences, ddof=1)) / len(differences) ** 0.5
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
     return Difference(mean, (mean - half, mean + half))
 
 
 def over_photographs(pairs: Sequence[tuple[Run, Run]], metric: str) -> Difference:
-    """As over_seeds, with a bootstrap interval: the test photographs drawn with replacement, the same for all runs."""
+    """As over_seeds, with a bootstrap interval: photographs drawn with replacement, the same for all runs."""
     counts = [[_by_lesion(run) for run in pair] for pair in pairs]
 
     def difference(drawn: Sequence[int]) -> float:

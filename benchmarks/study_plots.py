@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from differences import Difference
+from differences import over_seeds
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -32,18 +32,24 @@ def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     figure.savefig(path, dpi=100)
 
 
-def write_differences(path: Path, rows: Mapping[str, Difference]) -> None:
-    """Write one PNG: the mean difference in F1 to BCE of each arm, with its interval over seeds."""
+def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: str) -> None:
+    """Write one PNG: for each arm its differences, one a seed, faint; their mean, and its interval from three on.
+
+    The t interval of two says little and would be some ten times as wide as they lie apart.
+    """
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    for y, difference in enumerate(rows.values()):
-        panel.plot(difference.mean, y, "o", color=COLOURS[1])
-        if difference.interval is not None:
-            panel.plot(difference.interval, (y, y), color=COLOURS[1])
+    for y, differences in enumerate(rows.values()):
+        mean, interval = over_seeds(differences)
+        panel.plot(differences, [y] * len(differences), "o", color=COLOURS[0], alpha=0.3)
+        panel.plot(mean, y, "D", color=COLOURS[1])
+        if interval is not None and len(differences) > 2:
+            panel.plot(interval, (y, y), color=COLOURS[1])
     panel.axvline(0, color=COLOURS[0], linewidth=0.8)
-    panel.set_yticks(range(len(rows)), list(rows))
+    panel.set_yticks(range(len(rows)), [f"{name} ({len(differences)})" for name, differences in rows.items()])
     panel.invert_yaxis()
-    panel.set_xlabel("F1 on the test photographs, difference to BCE of the same seeds, 95 % t interval")
-    panel.grid(alpha=0.3, axis="x")
+    panel.set_ylabel("arm (seeds)")
+    panel.set_xlabel(label)
+    panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

@@ -3,7 +3,7 @@
     python benchmarks/summary.py                       # prints the tables
     python benchmarks/summary.py --document docs/results.md --plots docs
 
-The second puts the tables between two marks of the document, and writes study-curves.png and study-differences.png.
+The second puts the tables between two marks of the document, and writes three plots, study-*.png.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from differences import Difference, measured, over_photographs, over_seeds, paired
+from differences import Difference, measured, of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
 from study import RESULTS, read_lines, runs_of
@@ -52,13 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.document.write_text(replaced(options.document.read_text(), text))
     if options.plots is not None:
         write_curves(options.plots / "study-curves.png", found["a"])
-        rows = {
-            f"{letter}: {name}": over_seeds(pairs, "f1")
-            for letter, arms in found.items()
-            if QUESTIONS[letter].tested
-            for name, pairs in _pairs(QUESTIONS[letter], arms).items()
-        }
-        write_differences(options.plots / "study-differences.png", rows)
+        tested = [letter for letter, question in QUESTIONS.items() if question.tested]
+        for name, letters, metric, label in (
+            ("study-differences.png", tested, "f1", "F1 on the test photographs"),
+            ("study-settings.png", ["d"], "f1_tuned", "F1 on the validation fold at its best threshold"),
+        ):
+            rows = {
+                f"{letter}: {arm}": differences
+                for letter in letters
+                for arm, pairs in _pairs(QUESTIONS[letter], found[letter]).items()
+                if (differences := of_each_seed(pairs, metric, tested=QUESTIONS[letter].tested))
+            }
+            write_differences(options.plots / name, rows, f"{label}, minus BCE of the same seed")
     return 0
 
 
@@ -136,8 +141,8 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
     for name, own in pairs.items():
         cells = []
         for key in COMPARED:
-            known = [pair for pair in own if all(key in measured(run, tested=question.tested) for run in pair)]
-            cell = _interval(over_seeds(known, key, tested=question.tested)) if known else "-"
+            known = of_each_seed(own, key, tested=question.tested)
+            cell = _interval(over_seeds(known)) if known else "-"
             cell += _fewer(len(known), len(own))
             if question.tested and key not in NOT_COUNTED:
                 lower, upper = over_photographs(own, key).interval or (0.0, 0.0)

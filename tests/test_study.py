@@ -11,13 +11,14 @@ import pytest
 import study
 import summary
 import torch
-from differences import over_photographs, over_seeds, paired
+from differences import of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS, counts
 from objective import Settings
 from PIL import Image
 from questions import Question
 from scipy import stats
 from similarity import band_similarity
+from study_plots import COLOURS, write_differences
 from test_objective import Network
 from test_photographs import write_all
 from torch import nn
@@ -157,9 +158,11 @@ def test_differences_are_paired_by_seed():
     pairs = paired(runs, others)
     scores = [(run["test"]["f1"], others[run["seed"]]["test"]["f1"]) for run in runs]
     wanted = stats.ttest_rel(*zip(*scores, strict=True)).confidence_interval(0.95)
-    found = over_seeds(pairs, "f1")
+    differences = of_each_seed(pairs, "f1")
+    assert differences == [one - other for one, other in scores]
+    found = over_seeds(differences)
     assert found.interval == pytest.approx((wanted.low, wanted.high))
-    assert over_seeds(pairs, "f1", tested=False) == found
+    assert of_each_seed(pairs, "f1", tested=False) == differences
     assert over_photographs(pairs, "f1").mean == pytest.approx(found.mean)
 
 
@@ -167,14 +170,14 @@ def test_the_bootstrap_draws_photographs_with_all_their_lesions():
     lesions = ("MA", "EX")
     pairs = [(made_up("a", 0, [6, 3], lesions=lesions), made_up("b", 0, [5, 5], lesions=lesions))]
     found = over_photographs(pairs, "f1")
-    assert found.mean == pytest.approx(over_seeds(pairs, "f1").mean)
+    assert [found.mean] == pytest.approx(of_each_seed(pairs, "f1"))
     # Two photographs can be drawn in three ways, of which the middle one is the mean.
     extremes = [np.mean([2 * (n + k) / (10 + n + k) - 2 * (5 + k) / (15 + k) for k in (0, 1)]) for n in (3, 6)]
     assert found.interval == pytest.approx(extremes)
 
 
 def test_one_seed_has_no_interval():
-    assert over_seeds([(made_up("a", 0, [5]), made_up("b", 0, [3]))], "f1").interval is None
+    assert over_seeds([0.1]) == (0.1, None)
 
 
 def test_the_bootstrap_is_as_wide_as_photographs_differ():
@@ -298,9 +301,24 @@ def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder
     document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     assert summary.main([*arguments, "--document", str(document), "--plots", str(folder)]) == 0
     assert document.read_text() == f"before\n{summary.BEGIN}\n\n{printed}\n{summary.END}\nafter\n"
-    for name in ("study-curves.png", "study-differences.png"):
+    for name in ("study-curves.png", "study-differences.png", "study-settings.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 150
+
+
+def test_an_interval_is_drawn_from_three_seeds_on(tmp_path):
+    blue = []
+    for differences in ([-0.1, 0.1], [-0.1, 0.0, 0.1]):
+        write_differences(tmp_path / "plot.png", {"both": differences}, "F1")
+        with Image.open(tmp_path / "plot.png") as picture:
+            blue.append(
+                int(
+                    (np.asarray(picture.convert("RGB")) == [int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+                    .all(2)
+                    .sum()
+                )
+            )
+    assert 0 < 3 * blue[0] < blue[1]
 
 
 def test_the_page_shows_the_recorded_runs(capsys):

@@ -105,7 +105,9 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
         if not curve:  # before whole photographs take more
             peak = memory.read()
         if (step + 1) % CURVE_EVERY == 0 or step + 1 == settings.steps:
-            curve.append({"step": step + 1, **evaluation(model, validation, settings)[0]})
+            scores = evaluation(model, validation, settings)
+            del scores["photographs"]
+            curve.append({"step": step + 1, **scores})
             model.train()
     similarity.append(band_similarity(model, validation, settings))
     figures: dict[str, Any] = {
@@ -122,51 +124,71 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
         "peak_memory_bytes": peak,
     }
     if tested:
-        summary, found = evaluation(model, photographs(data, "test", settings.size, cache), settings)
-        figures["test"] = {**summary, "photographs": found}
+        test = photographs(data, "test", settings.size, cache)
+        figures["test"] = evaluation(model, test, settings, best_thresholds(curve[-1]["f1_by_threshold"]))
     return figures
 
 
 def evaluation(
-    model: nn.Module, samples: Sequence[Sample], settings: Settings
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of whole photographs at probability 0.5, and the counts that they are made of.
+    model: nn.Module, samples: Sequence[Sample], settings: Settings, tuned: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Metrics of whole photographs at probability 0.5, and what they are made of.
+
+    Args:
+        model: gives logits of the settings' lesions.
+        samples: photographs with all masks.
+        settings: of the run.
+        tuned: for each lesion another threshold.
 
     Returns:
-        lesion_scores.metrics, average_precision and f1_by_threshold, each the mean over the lesions; the last is that
-        of the photographs with the lesion.
-        for each photograph and lesion its name, the lesion, and lesion_scores.counts.
+        lesion_scores.metrics and average_precision: each the mean over the lesions.
+        f1_by_threshold: for each lesion a list, each the mean over the photographs with the lesion.
+        photographs: for each photograph and lesion its name, the lesion, and lesion_scores.counts.
+        tuned: the metrics and photographs at those thresholds, if there are any.
     """
-    found: list[dict[str, Any]] = []
+    levels = [[0.5] * len(settings.lesions), *([tuned] if tuned else [])]
+    found: list[list[dict[str, Any]]] = [[] for _ in levels]
     probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
     truth: list[list[Tensor]] = [[] for _ in settings.lesions]
     by_threshold: list[list[list[float]]] = [[] for _ in settings.lesions]
     model.eval()
     for sample in samples:
         probability = _probability(model, sample)
+        disc = np.asarray(sample.lesion[CHANNELS.index("OD")])
         for k, lesion in enumerate(settings.lesions):
             mask = sample.lesion[CHANNELS.index(lesion)]
-            disc = sample.lesion[CHANNELS.index("OD")]
             probabilities[k].append(probability[k].flatten())
             truth[k].append(mask.flatten())
             if mask.any():
                 by_threshold[k].append(f1_by_threshold(np.asarray(probability[k]), np.asarray(mask)))
-            found.append(
-                {
-                    "name": sample.name,
-                    "lesion": lesion,
-                    **counts(np.asarray(probability[k] > 0.5), np.asarray(mask), np.asarray(disc)),
-                }
-            )
-    tables = []
-    for k, lesion in enumerate(settings.lesions):
-        numbers = [{n: v for n, v in p.items() if isinstance(v, int)} for p in found if p["lesion"] == lesion]
-        precision = binary_average_precision(torch.cat(probabilities[k]), torch.cat(truth[k]).int())
-        tables.append({**metrics(numbers), "average_precision": float(precision)})
-    summary: dict[str, Any] = {name: sum(t[name] for t in tables) / len(tables) for name in tables[0]}
+            for level, own in zip(levels, found, strict=True):
+                numbers = counts(np.asarray(probability[k] > level[k]), np.asarray(mask), disc)
+                own.append({"name": sample.name, "lesion": lesion, **numbers})
+    precisions = [
+        float(binary_average_precision(torch.cat(p), torch.cat(t).int()))
+        for p, t in zip(probabilities, truth, strict=True)
+    ]
     means = [np.mean(f1, 0) if f1 else np.zeros(len(THRESHOLDS)) for f1 in by_threshold]
-    summary["f1_by_threshold"] = np.mean(means, 0).round(5).tolist()
-    return summary, found
+    return {
+        **_mean_metrics(found[0], settings.lesions),
+        "average_precision": sum(precisions) / len(precisions),
+        "f1_by_threshold": np.round(means, 5).tolist(),
+        "photographs": found[0],
+    } | ({"tuned": {**_mean_metrics(found[1], settings.lesions), "photographs": found[1]}} if tuned else {})
+
+
+def best_thresholds(f1: Sequence[Sequence[float]]) -> list[float]:
+    """For each lesion, from its f1_by_threshold."""
+    return [THRESHOLDS[int(np.argmax(of_lesion))] for of_lesion in f1]
+
+
+def _mean_metrics(found: Sequence[dict[str, Any]], lesions: Sequence[str]) -> dict[str, float]:
+    """Of the counts of photographs and lesions, each metric's mean over the lesions."""
+    tables = [
+        metrics([{n: v for n, v in p.items() if isinstance(v, int)} for p in found if p["lesion"] == lesion])
+        for lesion in lesions
+    ]
+    return {name: sum(table[name] for table in tables) / len(tables) for name in tables[0]}
 
 
 def _probability(model: nn.Module, sample: Sample) -> Tensor:

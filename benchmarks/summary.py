@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from differences import Difference, measured, of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
-from study import RESULTS, read_lines, runs_of
+from study import RESULTS, best_thresholds, read_lines, runs_of
 from study_plots import write_curves, write_differences
 from tables import aligned
 
@@ -104,14 +105,19 @@ def _arms(question: Question, lines: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def _tuned(run: dict[str, Any]) -> dict[str, Any]:
-    """With F1 at the threshold that is best on the fold; unchanged where a run of old has none at other thresholds."""
+    """With F1 at the threshold that is best on the fold; unchanged where a run of old has none at other thresholds.
+
+    Of several lesions it is the mean, each at its own threshold; the threshold shown is the mean of theirs.
+    """
     *earlier, last = run["curve"]
     if "f1_by_threshold" not in last:
         return run
-    best = max(range(len(THRESHOLDS)), key=last["f1_by_threshold"].__getitem__)
+    best = best_thresholds(np.atleast_2d(last["f1_by_threshold"]).tolist())  # one lesion's stood alone in runs of old
 
     def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
-        return metrics | {"f1_tuned": metrics["f1_by_threshold"][best], "threshold": THRESHOLDS[best]}
+        by_lesion = zip(np.atleast_2d(metrics["f1_by_threshold"]), best, strict=True)
+        f1 = [of_lesion[THRESHOLDS.index(threshold)] for of_lesion, threshold in by_lesion]
+        return metrics | {"f1_tuned": float(np.mean(f1)), "threshold": float(np.mean(best))}
 
     test = {"test": tuned(run["test"])} if run["tested"] else {}
     return run | {"curve": [*earlier, tuned(last)]} | test

@@ -63,7 +63,7 @@ def test_a_line_holds_all_that_the_protocol_asks_for(folder):
     assert [(line["arm"], line["seed"]) for line in lines] == [("bce", 0), ("both", 0)]
     for line in lines:
         assert [point["step"] for point in line["curve"]] == [2, 3]
-        assert set(line["curve"][0]) == {"step", *line["test"]} - {"photographs"}
+        assert set(line["curve"][0]) == {"step", *line["test"]} - {"photographs", "tuned"}
         assert [photograph["name"] for photograph in line["test"]["photographs"]] == [f"IDRiD_0{n}" for n in (1, 2, 3)]
         assert 0 < line["loss_forward_seconds"]["median"] < line["step_seconds"]["median"]
         assert len(line["losses"]) == 2
@@ -250,13 +250,25 @@ class Guesses(nn.Module):
         return torch.randn(len(images), 2, *images.shape[2:], generator=torch.Generator().manual_seed(images.shape[3]))
 
 
-def test_f1_by_threshold_has_f1_at_its_middle(folder):
+def test_f1_by_threshold_has_f1_at_0_5_and_at_the_tuned_thresholds(folder):
     samples = study.photographs(folder / "data", "train", 48, folder / "cache")
-    found, photographs = study.evaluation(Guesses(), samples, dataclasses.replace(TINY, lesions=("EX", "SE")))
-    assert {p["lesion"] for p in photographs if p["tp"] + p["fn"]} == {"EX", "SE"}
+    settings = dataclasses.replace(TINY, lesions=("EX", "SE"))
+    found = study.evaluation(Guesses(), samples, settings, (0.25, 0.7))
+    by_threshold = np.array(found["f1_by_threshold"])
+    assert by_threshold.shape == (2, len(THRESHOLDS))
+    assert {p["lesion"] for p in found["photographs"] if p["tp"] + p["fn"]} == {"EX", "SE"}
     assert found["f1"] > 0.01
-    assert found["f1_by_threshold"][THRESHOLDS.index(0.5)] == pytest.approx(found["f1"], abs=1e-5)
-    assert len(set(found["f1_by_threshold"])) > 10
+    assert np.mean(by_threshold[:, THRESHOLDS.index(0.5)]) == pytest.approx(found["f1"], abs=1e-5)
+    tuned = [by_threshold[k, THRESHOLDS.index(threshold)] for k, threshold in enumerate((0.25, 0.7))]
+    assert np.mean(tuned) == pytest.approx(found["tuned"]["f1"], abs=1e-5)
+    assert abs(found["tuned"]["f1"] - found["f1"]) > 1e-3
+    untuned = study.evaluation(Guesses(), samples, settings)
+    assert untuned == {name: value for name, value in found.items() if name != "tuned"}
+
+
+def test_the_best_threshold_is_that_of_each_lesion():
+    flat = [0.1] * len(THRESHOLDS)
+    assert study.best_thresholds([[*flat[:-1], 0.2], [0.2, *flat[1:]]]) == [THRESHOLDS[-1], THRESHOLDS[0]]
 
 
 @pytest.mark.parametrize("tested", [True, False])

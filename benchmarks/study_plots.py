@@ -33,10 +33,7 @@ def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) ->
 
 
 def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: str) -> None:
-    """Write one PNG: for each arm its differences, one a seed, faint; their mean, and its interval from three on.
-
-    The t interval of two says little and would be some ten times as wide as they lie apart.
-    """
+    """Write one PNG: for each arm its differences, one a seed, faint; their mean, and its interval if it has one."""
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
@@ -44,7 +41,7 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
         mean, interval = over_seeds(differences)
         panel.plot(differences, [y] * len(differences), "o", color=COLOURS[0], alpha=0.3)
         panel.plot(mean, y, "D", color=COLOURS[1])
-        if interval is not None and len(differences) > 2:
+        if interval is not None:
             panel.plot(interval, (y, y), color=COLOURS[1])
     panel.axvline(0, color=COLOURS[0], linewidth=0.8)
     panel.set_yticks(range(len(rows)), [f"{name} ({len(differences)})" for name, differences in rows.items()])

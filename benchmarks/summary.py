@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from differences import Difference, measured, of_each_seed, over_photographs, over_seeds, paired
+from differences import measured, of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
 from study import RESULTS, best_thresholds, read_lines, runs_of
@@ -140,15 +140,15 @@ def _metrics(question: Question, arms: Arms) -> str:
 
 
 def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run]]]) -> str:
-    title = "minus BCE of the same seeds: mean (t interval over seeds)"
+    title = "minus BCE of the same seeds: mean (t interval over seeds; two seeds: each one's)"
     if question.tested:
-        title += "; bootstrap over photographs"
+        title += "; bootstrap over photographs, networks held fixed"
     rows = [[title, "seeds", *(SHOWN[key] for key in COMPARED)]]
     for name, own in pairs.items():
         cells = []
         for key in COMPARED:
             known = of_each_seed(own, key, tested=question.tested)
-            cell = _interval(over_seeds(known)) if known else "-"
+            cell = _interval(known) if known else "-"
             cell += _fewer(len(known), len(own))
             if question.tested and key not in NOT_COUNTED:
                 lower, upper = over_photographs(own, key).interval or (0.0, 0.0)
@@ -163,7 +163,7 @@ def _mechanism(arms: Arms) -> str:
     columns: dict[str, Callable[[Sequence[Run]], str]] = {
         "density active": lambda runs: _mean([100 * run["active"]["density"] for run in runs], "{:.0f} %"),
         "edge active": lambda runs: _mean([100 * run["active"]["edge"] for run in runs], "{:.0f} %"),
-        "gradient at the features, density : BCE": lambda runs: _pull(runs, "features", "density"),
+        "gradient at the features, density : BCE, median; mean": lambda runs: _pull(runs, "features", "density"),
         "at the features, edge : BCE": lambda runs: _pull(runs, "features", "edge"),
         "at the first layer, density : BCE": lambda runs: _pull(runs, "first_layer", "density"),
         "at the first layer, edge : BCE": lambda runs: _pull(runs, "first_layer", "edge"),
@@ -182,15 +182,21 @@ def _mechanism(arms: Arms) -> str:
 
 
 def _pull(runs: Sequence[Run], where: str, part: str) -> str:
-    """Median ratio of the weighted term's gradient norm to that of the supervised loss, where the term is not 0."""
-    ratios = [
-        run["settings"][PARTS[part]] * point[where][part] / point[where]["supervised"]
+    """The weighted term's gradient norm beside that of the supervised loss: median of the ratios; ratio of the means.
+
+    The first is of the steps in which the term is not 0, the second of all; they part where a few steps pull hard.
+    """
+    norms = [
+        (run["settings"][PARTS[part]] * point[where][part], point[where]["supervised"])
         for run in runs
         if run["settings"]["weights"] == "fixed"
         for point in run["gradient_norms"]
-        if point[where][part] > 0 and point[where]["supervised"] > 0
     ]
-    return f"{statistics.median(ratios):.3g}" if ratios else "-"
+    ratios = [term / supervised for term, supervised in norms if term > 0 and supervised > 0]
+    if not ratios:
+        return "-"
+    terms, supervised = (statistics.fmean(column) for column in zip(*norms, strict=True))
+    return f"{statistics.median(ratios):.3g}; {terms / supervised:.3g}"
 
 
 def _cosine(runs: Sequence[Run], when: int) -> str:
@@ -212,10 +218,11 @@ def _fewer(known: int, seeds: int) -> str:
     return f" ({known} seed{'s' * (known > 1)})" if 0 < known < seeds else ""
 
 
-def _interval(difference: Difference) -> str:
-    if difference.interval is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} ({difference.interval[0]:+.3f} to {difference.interval[1]:+.3f})"
+def _interval(differences: Sequence[float]) -> str:
+    mean, interval = over_seeds(differences)
+    if interval is not None:
+        return f"{mean:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
+    return f"{mean:+.3f}" + (f" ({', '.join(f'{one:+.3f}' for one in differences)})" if len(differences) > 1 else "")
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

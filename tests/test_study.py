@@ -176,8 +176,9 @@ def test_the_bootstrap_draws_photographs_with_all_their_lesions():
     assert found.interval == pytest.approx(extremes)
 
 
-def test_one_seed_has_no_interval():
-    assert over_seeds([0.1]) == (0.1, None)
+@pytest.mark.parametrize("differences", [[0.1], [0.1, 0.3]])
+def test_one_or_two_seeds_have_no_interval(differences):
+    assert over_seeds(differences) == (np.mean(differences), None)
 
 
 def test_the_bootstrap_is_as_wide_as_photographs_differ():
@@ -286,8 +287,8 @@ def test_the_answer_to_a_question_compares_its_runs_and_no_others(tested):
     assert found["bce"][0][:2] == ["2", f"{np.mean(scores[:2]):.3f} ± {np.std(scores[:2], ddof=1):.3f}"]
     assert len(found["bce"]) == len(found["both, SE"]) == 1  # nothing to compare them with
     mean = np.mean([scores[3] - scores[0], scores[4] - scores[1]])
-    assert found["both"][1][:2][0] == "2"
-    assert found["both"][1][1].startswith(f"{mean:+.3f} (")
+    assert found["both"][1][0] == "2"
+    assert found["both"][1][1].startswith(f"{mean:+.3f} ({scores[3] - scores[0]:+.3f}, {scores[4] - scores[1]:+.3f})")
     assert (";" in found["both"][1][1]) == tested
 
 
@@ -295,8 +296,8 @@ def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():
     line = made_up("both", 0, [1], ARMS["both"])
     norms = [({"supervised": 2.0, "density": 0.0, "edge": 4.0}), ({"supervised": 1.0, "density": 5.0, "edge": 8.0})]
     line["gradient_norms"] = [{"step": n, "features": norm, "first_layer": norm} for n, norm in enumerate(norms)]
-    assert summary._pull([line], "features", "density") == f"{0.02 * 5:.3g}"
-    assert summary._pull([line], "features", "edge") == f"{(0.1 * 2 + 0.1 * 8) / 2:.3g}"
+    assert summary._pull([line], "features", "density") == f"{0.02 * 5:.3g}; {0.02 * 5 / (2 + 1):.3g}"
+    assert summary._pull([line], "features", "edge") == f"{0.1 * (2 + 8) / 2:.3g}; {0.1 * (4 + 8) / (2 + 1):.3g}"
     line["settings"]["weights"] = "ramp"
     assert summary._pull([line], "features", "edge") == "-"
 

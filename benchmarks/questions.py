@@ -23,10 +23,14 @@ class Question(NamedTuple):
     tested: bool
 
     def baseline(self, arm: str) -> str | None:
-        """The arm that is plain BCE but otherwise like this one; None where it is that itself or there is none."""
+        """The arm that is plain BCE but otherwise like this one, which is None for that itself or where there is none.
+
+        With the same pixels ignored, if there is such an arm.
+        """
         own = self.arms[arm]
         plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
-        return next((name for name, other in self.arms.items() if other == plain and name != arm), None)
+        wanted = (_but(plain, disc=own.disc), plain)
+        return next((name for one in wanted for name, other in self.arms.items() if other == one and name != arm), None)
 
 
 def _but(settings: Settings, **changes: object) -> Settings:
@@ -68,6 +72,7 @@ FACTORS = {
     "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
     "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
+    "density / 1000": _but(BCE, alpha=2e-5),  # nothing to speak of: what a difference without an effect looks like
     **{f"hecl x {n}": _but(FIRST["hecl"], alpha=0.01 * n, beta=0.01 * n) for n in (3, 10)},
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)
@@ -92,7 +97,10 @@ for size in (356, 1424):
     patch = {"patch_size": 16 * size // 712}
     RESOLUTION[f"bce, {size}"] = _but(BCE, size=size)
     RESOLUTION[f"both, edge / 50, {size}"] = _but(SCALED, size=size)
-    RESOLUTION[f"both, edge / 50, {size}, patch in share"] = _but(SCALED, size=size, density=patch, edge=patch)
+    bands = {"inner_radius": 2 * size // 712, "outer_radius": 2 * size // 712}
+    RESOLUTION[f"both, edge / 50, {size}, patch and bands in share"] = _but(
+        SCALED, size=size, density=patch, edge=patch | bands
+    )
 OTHER = {
     f"{arm}, {'+'.join(lesions)}": _but(settings, lesions=lesions)
     for lesions in (("HE",), ("SE",), ("MA",), ("MA", "HE", "EX", "SE"))

@@ -207,6 +207,23 @@ def test_an_arm_is_compared_with_bce_of_its_own_kind():
     assert Question({"both": ARMS["both"]}, 2, tested=True).baseline("both") is None
 
 
+def test_an_arm_that_ignores_pixels_is_compared_with_bce_that_does():
+    arms = {
+        f"{name}, {disc}": dataclasses.replace(settings, disc=disc)
+        for name, settings in ARMS.items()
+        for disc in ("background", "ignored", "ignored by the terms")
+        if (name, disc) != ("bce", "ignored by the terms")
+    }
+    question = Question(arms, 2, tested=True)
+    assert {name: question.baseline(name) for name in arms} == {
+        "bce, background": None,
+        "bce, ignored": "bce, background",
+        "both, background": "bce, background",
+        "both, ignored": "bce, ignored",
+        "both, ignored by the terms": "bce, background",
+    }
+
+
 def test_lines_answer_a_question_with_their_settings_seeds_and_test():
     lines = [
         made_up("both", 1, [1], ARMS["both"]),

@@ -82,8 +82,10 @@ def answer(letter: str, question: Question, arms: Arms) -> str:
     """Metrics, differences to BCE, what the terms did, and how much of the question has been run."""
     done, asked = sum(map(len, arms.values())), question.seeds * len(question.arms)
     parts = [f"### Question {letter}: {done} of {asked} runs"]
-    if arms:
-        parts.append(_metrics(question, arms))
+    # Choices are made by differences, so there the baselines alone are shown as they are.
+    shown = {name: runs for name, runs in arms.items() if question.tested or question.baseline(name) is None}
+    if shown:
+        parts.append(_metrics(question, shown))
     pairs = _pairs(question, arms)
     if pairs:
         parts.append(_differences(question, pairs))

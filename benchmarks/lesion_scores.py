@@ -1,6 +1,7 @@
 """How well a prediction finds the lesions of a photograph: counts per photograph, and metrics of any set of them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,15 @@ def f1_by_threshold(probability: npt.NDArray[np.float32], lesion: Array) -> list
     """F1 of one photograph's pixels with a probability above each of THRESHOLDS; both (H, W)."""
     predictions = [probability > threshold for threshold in THRESHOLDS]
     return [_ratio(2 * int((p & lesion).sum()), int(p.sum() + lesion.sum())) for p in predictions]
+
+
+def by_lesion(photographs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, int]]]:
+    """The counts of each lesion's photographs, lesions in the order in which they come, from counts with "lesion"."""
+    found: dict[str, list[dict[str, int]]] = {}
+    for photograph in photographs:
+        numbers = {name: value for name, value in photograph.items() if isinstance(value, int)}
+        found.setdefault(photograph["lesion"], []).append(numbers)
+    return list(found.values())
 
 
 def metrics(photographs: Sequence[Mapping[str, int]]) -> dict[str, float]:

@@ -23,9 +23,9 @@ class Question(NamedTuple):
     tested: bool
 
     def baseline(self, arm: str) -> str | None:
-        """The arm that is plain BCE but otherwise like this one, which is None for that itself or where there is none.
+        """Name of the plain BCE arm to compare this one with, None if there is none.
 
-        With the same pixels ignored, if there is such an arm.
+        It has the same lesions, network, size and steps, and ignores the same pixels if another arm of plain BCE does.
         """
         own = self.arms[arm]
         plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
@@ -48,7 +48,7 @@ FIRST = {
     "both": PAPER,
     "hecl": _but(BCE, alpha=0.01, beta=0.01, hecl=True),
 }
-# The paper's alpha, and its beta divided by 50: each term pulls at the features about as hard as BCE, or half as hard.
+# The paper's alpha, and its beta divided by 50: by proportion, each term pulls at the features about as hard as BCE.
 SCALED = _but(PAPER, beta=0.002)
 DISC = {
     "bce": BCE,
@@ -72,7 +72,9 @@ FACTORS = {
     "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
     "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
-    "density / 1000": _but(BCE, alpha=2e-5),  # nothing to speak of: what a difference without an effect looks like
+    "bce + density / 1000": _but(
+        BCE, alpha=2e-5
+    ),  # nothing to speak of: what a difference without an effect looks like
     **{f"hecl x {n}": _but(FIRST["hecl"], alpha=0.01 * n, beta=0.01 * n) for n in (3, 10)},
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from cost import PeakMemory, quartiles
 from idrid import DataError
-from lesion_scores import THRESHOLDS, counts, f1_by_threshold, metrics
+from lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold, metrics
 from machine import environment
 from networks import STRIDE, network
 from objective import Objective, Settings, gradient_norms
@@ -170,24 +170,21 @@ def evaluation(
     ]
     means = [np.mean(f1, 0) if f1 else np.zeros(len(THRESHOLDS)) for f1 in by_threshold]
     return {
-        **_mean_metrics(found[0], settings.lesions),
+        **_mean_metrics(found[0]),
         "average_precision": sum(precisions) / len(precisions),
         "f1_by_threshold": np.round(means, 5).tolist(),
         "photographs": found[0],
-    } | ({"tuned": {**_mean_metrics(found[1], settings.lesions), "photographs": found[1]}} if tuned else {})
+    } | ({"tuned": {**_mean_metrics(found[1]), "photographs": found[1]}} if tuned else {})
 
 
 def best_thresholds(f1: Sequence[Sequence[float]]) -> list[float]:
-    """For each lesion, from its f1_by_threshold."""
+    """For each lesion the threshold with the largest F1, from its f1_by_threshold."""
     return [THRESHOLDS[int(np.argmax(of_lesion))] for of_lesion in f1]
 
 
-def _mean_metrics(found: Sequence[dict[str, Any]], lesions: Sequence[str]) -> dict[str, float]:
-    """Of the counts of photographs and lesions, each metric's mean over the lesions."""
-    tables = [
-        metrics([{n: v for n, v in p.items() if isinstance(v, int)} for p in found if p["lesion"] == lesion])
-        for lesion in lesions
-    ]
+def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Each metric's mean over the lesions."""
+    tables = [metrics(photographs) for photographs in by_lesion(found)]
     return {name: sum(table[name] for table in tables) / len(tables) for name in tables[0]}
 
 

@@ -3,10 +3,11 @@
     python benchmarks/summary.py                       # prints the tables
     python benchmarks/summary.py --document docs/results.md --plots docs
 
-The second puts the tables between two marks of the document, and writes three plots, study-*.png.
+The second puts the tables between two marks of the document, and writes four plots, study-*.png.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from differences import measured, of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
 from questions import QUESTIONS, Question
-from study import RESULTS, best_thresholds, read_lines, runs_of
+from study import RESULTS, read_lines, runs_of
 from study_plots import write_curves, write_differences
 from tables import aligned
 
@@ -35,7 +37,6 @@ SHOWN = {
     "threshold": "that threshold",
 }
 COMPARED = ("f1", "f1_tuned", "average_precision", "iou", "small_recall", "boundary_f1", "disc_fp")
-NOT_COUNTED = ("f1_tuned", "average_precision")  # for each photograph, so that they have no bootstrap
 PARTS = {"density": "alpha", "edge": "beta"}
 Run = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Run]]
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_curves(options.plots / "study-curves.png", found["a"])
         tested = [letter for letter, question in QUESTIONS.items() if question.tested]
         for name, letters, metric, label in (
-            ("study-differences.png", tested, "f1", "F1 on the test photographs"),
+            ("study-differences.png", ["a"], "f1", "F1 on the test photographs at probability 0.5"),
+            ("study-tuned.png", tested, "f1_tuned", "F1 on the test photographs at the best threshold of the fold"),
             ("study-settings.png", ["d"], "f1_tuned", "F1 on the validation fold at its best threshold"),
         ):
             rows = {
@@ -69,10 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(found: Mapping[str, Arms]) -> str:
-    """The answers to the questions of which more than plain BCE has been run, and what the others ask for."""
-    begun = [letter for letter, arms in found.items() if any(QUESTIONS[letter].baseline(name) for name in arms)]
-    parts = [answer(letter, QUESTIONS[letter], found[letter]) for letter in begun]
-    waiting = {letter: q.seeds * len(q.arms) for letter, q in QUESTIONS.items() if letter not in begun}
+    """The answers to the questions that have runs beside those of questions before them, and what the others miss."""
+    parts, waiting = [], {}
+    known: set[str] = set()
+    for letter, arms in found.items():
+        own = {json.dumps([run["settings"], run["seed"]]) for runs in arms.values() for run in runs}
+        if own <= known:
+            waiting[letter] = QUESTIONS[letter].seeds * len(QUESTIONS[letter].arms) - len(own)
+        else:
+            parts.append(answer(letter, QUESTIONS[letter], arms))
+        known |= own
     if waiting:
         parts.append(f"Not begun: {', '.join(f'question {letter} ({runs} runs)' for letter, runs in waiting.items())}.")
     return "\n\n".join(parts)
@@ -114,15 +122,19 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     *earlier, last = run["curve"]
     if "f1_by_threshold" not in last:
         return run
-    best = best_thresholds(np.atleast_2d(last["f1_by_threshold"]).tolist())  # one lesion's stood alone in runs of old
+    best = np.argmax(_by_lesion(last), 1, keepdims=True)
 
     def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
-        by_lesion = zip(np.atleast_2d(metrics["f1_by_threshold"]), best, strict=True)
-        f1 = [of_lesion[THRESHOLDS.index(threshold)] for of_lesion, threshold in by_lesion]
-        return metrics | {"f1_tuned": float(np.mean(f1)), "threshold": float(np.mean(best))}
+        f1 = np.take_along_axis(_by_lesion(metrics), best, 1)
+        return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(THRESHOLDS, best).mean())}
 
     test = {"test": tuned(run["test"])} if run["tested"] else {}
     return run | {"curve": [*earlier, tuned(last)]} | test
+
+
+def _by_lesion(metrics: Run) -> npt.NDArray[np.float64]:
+    """F1 by lesion and threshold; runs of old have their only lesion's by threshold alone."""
+    return np.atleast_2d(metrics["f1_by_threshold"])
 
 
 def _pairs(question: Question, arms: Arms) -> dict[str, list[tuple[Run, Run]]]:
@@ -152,12 +164,20 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
             known = of_each_seed(own, key, tested=question.tested)
             cell = _interval(known) if known else "-"
             cell += _fewer(len(known), len(own))
-            if question.tested and key not in NOT_COUNTED:
-                lower, upper = over_photographs(own, key).interval or (0.0, 0.0)
-                cell += f"; {lower:+.3f} to {upper:+.3f}"
+            if question.tested:
+                cell += _bootstrap(own, key)
             cells.append(cell)
         rows.append([name, str(len(own)), *cells])
     return aligned(rows)
+
+
+def _bootstrap(pairs: Sequence[tuple[Run, Run]], key: str) -> str:
+    """Nothing where a run's photographs were not counted so."""
+    tuned = key == "f1_tuned"
+    if key == "average_precision" or (tuned and not all("tuned" in run["test"] for pair in pairs for run in pair)):
+        return ""
+    _, interval = over_photographs(pairs, "f1" if tuned else key, tuned=tuned)
+    return "" if interval is None else f"; {interval[0]:+.3f} to {interval[1]:+.3f}"
 
 
 def _mechanism(arms: Arms) -> str:
@@ -165,10 +185,10 @@ def _mechanism(arms: Arms) -> str:
     columns: dict[str, Callable[[Sequence[Run]], str]] = {
         "density active": lambda runs: _mean([100 * run["active"]["density"] for run in runs], "{:.0f} %"),
         "edge active": lambda runs: _mean([100 * run["active"]["edge"] for run in runs], "{:.0f} %"),
-        "gradient at the features, density : BCE, median; mean": lambda runs: _pull(runs, "features", "density"),
-        "at the features, edge : BCE": lambda runs: _pull(runs, "features", "edge"),
-        "at the first layer, density : BCE": lambda runs: _pull(runs, "first_layer", "density"),
-        "at the first layer, edge : BCE": lambda runs: _pull(runs, "first_layer", "edge"),
+        "density : BCE at the features": lambda runs: _pull(runs, "features", "density"),
+        "edge : BCE at the features": lambda runs: _pull(runs, "features", "edge"),
+        "density : BCE at the first layer": lambda runs: _pull(runs, "first_layer", "density"),
+        "edge : BCE at the first layer": lambda runs: _pull(runs, "first_layer", "edge"),
         "cosine across contours, before": lambda runs: _cosine(runs, 0),
         "after": lambda runs: _cosine(runs, 1),
         "norm of the features, after": lambda runs: _mean(
@@ -179,7 +199,7 @@ def _mechanism(arms: Arms) -> str:
         ),
         "peak memory, GB": lambda runs: _mean([run["peak_memory_bytes"] / 1e9 for run in runs], "{:.1f}"),
     }
-    rows = [["what the terms did", *columns]]
+    rows = [["what the terms did (gradient norms: median of ratios; ratio of means)", *columns]]
     return aligned([*rows, *([name, *(shown(runs) for shown in columns.values())] for name, runs in arms.items())])
 
 

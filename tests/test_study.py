@@ -13,6 +13,7 @@ import summary
 import torch
 from differences import of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS, counts
+from matplotlib.colors import to_rgb
 from objective import Settings
 from PIL import Image
 from questions import Question
@@ -63,7 +64,9 @@ def test_a_line_holds_all_that_the_protocol_asks_for(folder):
     assert [(line["arm"], line["seed"]) for line in lines] == [("bce", 0), ("both", 0)]
     for line in lines:
         assert [point["step"] for point in line["curve"]] == [2, 3]
-        assert set(line["curve"][0]) == {"step", *line["test"]} - {"photographs", "tuned"}
+        assert {"step", *line["test"]} - set(line["curve"][0]) == {"photographs", "tuned"}
+        best = np.argmax(line["curve"][-1]["f1_by_threshold"][0])
+        assert line["test"]["tuned"]["f1"] == pytest.approx(line["test"]["f1_by_threshold"][0][best], abs=1e-5)
         assert [photograph["name"] for photograph in line["test"]["photographs"]] == [f"IDRiD_0{n}" for n in (1, 2, 3)]
         assert 0 < line["loss_forward_seconds"]["median"] < line["step_seconds"]["median"]
         assert len(line["losses"]) == 2
@@ -128,7 +131,10 @@ def test_the_learning_rate_rises_and_falls_to_0():
 
 
 def made_up(arm, seed, hits, settings=TINY, tested=True, lesions=("EX",)):
-    """A line whose photographs have so many hits among 10 lesion pixels, for each lesion one more."""
+    """A line whose photographs have so many hits among 10 lesion pixels, for each lesion one more.
+
+    The fold's F1 is half the test's; of lesion k it is largest at threshold seed + k, where the test's is seed + k %.
+    """
     photographs = [
         {**dict.fromkeys(counts(*np.zeros((3, 1, 1), bool)), 0), "name": str(i), "lesion": name, "tp": n, "fn": 10 - n}
         for k, name in enumerate(lesions)
@@ -136,15 +142,16 @@ def made_up(arm, seed, hits, settings=TINY, tested=True, lesions=("EX",)):
     ]
     scores = dict.fromkeys(set(summary.SHOWN) - {"f1_tuned", "threshold"}, 0.25)
     scores["f1"] = float(np.mean([2 * p["tp"] / (10 + p["tp"]) for p in photographs]))
-    fold = [scores["f1"] + 0.01 * (n == seed) for n in range(len(THRESHOLDS))]
-    others = {"f1_by_threshold": [n / 100 for n in range(len(THRESHOLDS))]}
+    levels = range(len(THRESHOLDS))
+    fold = {"f1_by_threshold": [[0.5 + 0.01 * (n == seed + k) for n in levels] for k in range(len(lesions))]}
+    others = {"f1_by_threshold": [[n / 100 for n in levels] for _ in lesions]}
     test = {"test": {**scores, **others, "photographs": photographs}} if tested else {}
     return {
         "arm": arm,
         "seed": seed,
         "tested": tested,
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "curve": [{"step": 3, **scores, "f1_by_threshold": fold}],
+        "curve": [{"step": 3, **scores, "f1": scores["f1"] / 2, **fold}],
         "active": {"density": 0.5, "edge": 1},
         "gradient_norms": [],
         "similarity": [{}, {}],
@@ -162,7 +169,7 @@ def test_differences_are_paired_by_seed():
     assert differences == [one - other for one, other in scores]
     found = over_seeds(differences)
     assert found.interval == pytest.approx((wanted.low, wanted.high))
-    assert of_each_seed(pairs, "f1", tested=False) == differences
+    assert of_each_seed(pairs, "f1", tested=False) == [one / 2 - other / 2 for one, other in scores]
     assert over_photographs(pairs, "f1").mean == pytest.approx(found.mean)
 
 
@@ -248,17 +255,39 @@ def rows(text):
 
 def test_the_threshold_is_chosen_on_the_fold():
     runs = [made_up("bce", seed, [5]) for seed in (3, 7)]
-    old = made_up("bce", 5, [5])
-    for part in (old["test"], old["curve"][-1]):
+    unknown, flat = made_up("bce", 5, [5]), made_up("bce", 8, [5])  # as lines of old have them
+    for part in (unknown["test"], unknown["curve"][-1]):
         del part["f1_by_threshold"]
-    found = summary._arms(Question({"bce": TINY}, 9, tested=True), [*runs, old])["bce"]
-    assert [(run["test"]["threshold"], run["test"]["f1_tuned"]) for run in (found[0], found[2])] == [
-        (THRESHOLDS[3], 0.03), (THRESHOLDS[7], 0.07),
-    ]  # fmt: skip
-    assert found[0]["curve"][-1]["f1_tuned"] == pytest.approx(runs[0]["test"]["f1"] + 0.01)
-    assert found[1] == old
-    cells = rows(summary.answer("x", Question({"bce": TINY}, 9, tested=True), {"bce": found}))["bce"][0]
+    for part in (flat["test"], flat["curve"][-1]):
+        (part["f1_by_threshold"],) = part["f1_by_threshold"]
+    question = Question({"bce": TINY}, 9, tested=True)
+    found = summary._arms(question, [*runs, unknown, flat])["bce"]
+    assert [(run["test"]["threshold"], run["test"]["f1_tuned"]) for run in (found[0], *found[2:])] == [
+        (THRESHOLDS[n], n / 100) for n in (3, 7, 8)
+    ]
+    assert found[0]["curve"][-1]["f1_tuned"] == 0.51
+    assert found[1] == unknown
+    cells = rows(summary.answer("x", question, {"bce": found[:3]}))["bce"][0]
     assert cells[-2] == f"{np.mean([0.03, 0.07]):.3f} ± {np.std([0.03, 0.07], ddof=1):.3f} (2 seeds)"
+
+
+def test_each_lesion_has_a_threshold_of_its_own():
+    settings = dataclasses.replace(TINY, lesions=("MA", "EX"))
+    (found,) = summary._arms(
+        Question({"bce": settings}, 9, tested=True), [made_up("bce", 3, [5], settings, lesions=("MA", "EX"))]
+    )["bce"]
+    assert found["test"]["threshold"] == pytest.approx(np.mean(THRESHOLDS[3:5]))
+    assert found["test"]["f1_tuned"] == pytest.approx(np.mean([0.03, 0.04]))
+
+
+def test_the_bootstrap_is_of_the_counts_at_the_threshold_asked_for():
+    pairs = [(made_up("a", 0, [6] * 9), made_up("b", 0, [5] * 9))]
+    for run, hits in zip(pairs[0], (8, 4), strict=True):
+        run["test"]["tuned"] = made_up("c", 0, [hits] * 9)["test"]
+    mean = 2 * 8 / 18 - 2 * 4 / 14
+    found = over_photographs(pairs, "f1", tuned=True)
+    assert [found.mean, *found.interval] == pytest.approx([mean] * 3)
+    assert over_photographs(pairs, "f1").mean < mean
 
 
 class Guesses(nn.Module):
@@ -300,7 +329,7 @@ def test_the_answer_to_a_question_compares_its_runs_and_no_others(tested):
     text = summary.answer("x", question, summary._arms(question, lines))
     assert text.startswith("### Question x: 5 of 8 runs")
     found = rows(text)
-    scores = [line["curve"][-1]["f1"] for line in lines]
+    scores = [(line["test"] if tested else line["curve"][-1])["f1"] for line in lines]
     assert found["bce"][0][:2] == ["2", f"{np.mean(scores[:2]):.3f} ± {np.std(scores[:2], ddof=1):.3f}"]
     assert len(found["bce"]) == 1
     assert len(found.get("both, SE", ())) == tested  # nothing to compare it with
@@ -322,6 +351,17 @@ def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():
     assert summary._pull([line], "features", "edge") == "-"
 
 
+def test_a_question_waits_until_it_has_a_run_of_its_own():
+    questions = {"a": Question({"bce": TINY}, 2, tested=True), "d": Question(ARMS, 3, tested=False)}
+    lines = [made_up("bce", seed, [1]) for seed in (0, 1)]
+    for more, waits in (([], True), ([made_up("both", 0, [1], ARMS["both"], tested=False)], False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(summary, "QUESTIONS", questions)
+            text = summary.summary({name: summary._arms(q, lines + more) for name, q in questions.items()})
+        assert ("Not begun: question d (4 runs)." in text) == waits
+        assert ("### Question d: 3 of 6 runs" in text) != waits
+
+
 def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder, capsys):
     run(folder, "--question", "a")
     arguments = ["--results", str(folder / "study.jsonl")]
@@ -334,8 +374,8 @@ def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder
     document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     assert summary.main([*arguments, "--document", str(document), "--plots", str(folder)]) == 0
     assert document.read_text() == f"before\n{summary.BEGIN}\n\n{printed}\n{summary.END}\nafter\n"
-    for name in ("study-curves.png", "study-differences.png", "study-settings.png"):
-        with Image.open(folder / name) as picture:
+    for name in ("curves", "differences", "tuned", "settings"):
+        with Image.open(folder / f"study-{name}.png") as picture:
             assert min(picture.size) > 150
 
 
@@ -344,13 +384,8 @@ def test_an_interval_is_drawn_from_three_seeds_on(tmp_path):
     for differences in ([-0.1, 0.1], [-0.1, 0.0, 0.1]):
         write_differences(tmp_path / "plot.png", {"both": differences}, "F1")
         with Image.open(tmp_path / "plot.png") as picture:
-            blue.append(
-                int(
-                    (np.asarray(picture.convert("RGB")) == [int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
-                    .all(2)
-                    .sum()
-                )
-            )
+            colours = np.asarray(picture.convert("RGB"))
+        blue.append(np.all(colours == np.round(255 * np.array(to_rgb(COLOURS[1]))), axis=2).sum())
     assert 0 < 3 * blue[0] < blue[1]
 
 

@@ -288,6 +288,10 @@ def test_the_bootstrap_is_of_the_counts_at_the_threshold_asked_for():
     found = over_photographs(pairs, "f1", tuned=True)
     assert [found.mean, *found.interval] == pytest.approx([mean] * 3)
     assert over_photographs(pairs, "f1").mean < mean
+    assert summary._bootstrap(pairs, "f1_tuned") == f"; {mean:+.3f} to {mean:+.3f}"
+    assert summary._bootstrap(pairs, "average_precision") == ""
+    del pairs[0][1]["test"]["tuned"]
+    assert summary._bootstrap(pairs, "f1_tuned") == ""
 
 
 class Guesses(nn.Module):

@@ -37,10 +37,9 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
     if any(value is None for value in evaluation) and any(value is not None for value in evaluation):
         parser.error("--eval-only, --images and --masks belong together: give all three or none")
     if options.eval_only is not None:
-        if options.data is not None or options.lesion is not None:
-            parser.error("--data and --lesion are of training; --eval-only takes --images and --masks")
-        if options.save is not None:
-            parser.error("--save keeps what has been trained, and --eval-only trains nothing")
+        for name in ("data", "lesion", "steps", "batch", "crop", "norm", "seed", "alpha", "beta", "save"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name} is of training, and --eval-only trains nothing")
         options.size = options.size or SIZE
         return options
     if options.batch % ranks.count():

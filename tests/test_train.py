@@ -26,9 +26,9 @@ def _few_images(monkeypatch):
     monkeypatch.setattr(train, "SHARE_STEPS", 4)
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, training=SMALL):
     """The figures of a small run that writes to the folder, and its exit code."""
-    code = train.main([*SMALL, "--output", str(folder / "p.png"), "--json", str(folder / "f.json"), *arguments])
+    code = train.main([*training, "--output", str(folder / "p.png"), "--json", str(folder / "f.json"), *arguments])
     return json.loads((folder / "f.json").read_text()) if code == 0 else None, code
 
 
@@ -174,9 +174,12 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
         (["--size", "64"], "--size is of real photographs only; give their folder with --data"),
         (["--images", ".", "--masks", "."], "--eval-only, --images and --masks belong together"),
         (["--eval-only", "x", "--masks", "."], "--eval-only, --images and --masks belong together"),
-        (
-            ["--eval-only", "x", "--masks", ".", "--images", ".", "--lesion", "EX"],
-            "--data and --lesion are of training; --eval-only takes --images and --masks",
+        *(
+            (
+                ["--eval-only", "x", "--masks", ".", "--images", ".", f"--{name}", value],
+                f"--{name} is of training, and --eval-only trains nothing",
+            )
+            for name, value in (("data", "."), ("lesion", "EX"), ("steps", "9"), ("beta", "0"), ("save", "networks.pt"))
         ),
         (["--data", ".", "--lesion", "OD"], "invalid choice: 'OD'"),
     ],
@@ -235,7 +238,7 @@ def test_saved_networks_score_the_same_on_the_same_photographs_in_other_folders(
     masks = tmp_path / idrid.MASKS / idrid.SPLITS["test"] / idrid.MASKED["EX"]
     folders = ["--images", str(images), "--masks", str(masks)]
     capsys.readouterr()
-    found, code = run(tmp_path, "--eval-only", str(tmp_path / "networks.pt"), *folders, "--size", "48")
+    found, code = run(tmp_path, "--eval-only", str(tmp_path / "networks.pt"), *folders, "--size", "48", training=())
     assert code == 0
     printed = capsys.readouterr().out
     assert "photographs: 2, with lesion: 1" in printed
@@ -252,7 +255,8 @@ def test_a_file_without_networks_is_said_in_one_sentence(tmp_path, capsys):
     torch.save({"model": 1}, tmp_path / "other.pt")
     (tmp_path / "torn.pt").write_bytes(b"torn")
     for name in ("torn.pt", "absent.pt", "other.pt"):
-        assert run(tmp_path, "--eval-only", str(tmp_path / name), "--images", ".", "--masks", ".")[1] == 2
+        arguments = "--eval-only", str(tmp_path / name), "--images", ".", "--masks", "."
+        assert run(tmp_path, *arguments, training=())[1] == 2
         said = capsys.readouterr().err
         assert said.startswith("train.py: error: --eval-only must be a file that --save has written, but ")
         assert said.count("\n") == 1

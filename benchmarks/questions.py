@@ -72,9 +72,8 @@ FACTORS = {
     "both / 10": _but(PAPER, alpha=0.002, beta=0.01),
     "both / 100": _but(PAPER, alpha=0.0002, beta=0.001),
     "both x 3": _but(PAPER, alpha=0.06, beta=0.3),
-    "bce + density / 1000": _but(
-        BCE, alpha=2e-5
-    ),  # nothing to speak of: what a difference without an effect looks like
+    # What a difference without an effect looks like.
+    "bce + density / 1000": _but(BCE, alpha=2e-5),
     **{f"hecl x {n}": _but(FIRST["hecl"], alpha=0.01 * n, beta=0.01 * n) for n in (3, 10)},
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)

@@ -122,17 +122,17 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     *earlier, last = run["curve"]
     if "f1_by_threshold" not in last:
         return run
-    best = np.argmax(_by_lesion(last), 1, keepdims=True)
+    best = np.argmax(_f1_table(last), 1, keepdims=True)
 
     def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
-        f1 = np.take_along_axis(_by_lesion(metrics), best, 1)
+        f1 = np.take_along_axis(_f1_table(metrics), best, 1)
         return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(THRESHOLDS, best).mean())}
 
     test = {"test": tuned(run["test"])} if run["tested"] else {}
     return run | {"curve": [*earlier, tuned(last)]} | test
 
 
-def _by_lesion(metrics: Run) -> npt.NDArray[np.float64]:
+def _f1_table(metrics: Run) -> npt.NDArray[np.float64]:
     """F1 by lesion and threshold; runs of old have their only lesion's by threshold alone."""
     return np.atleast_2d(metrics["f1_by_threshold"])
 

@@ -65,7 +65,7 @@ PEERS = {
 FACTORS = {
     "both, edge / 50": SCALED,
     "both, edge / 500": _but(SCALED, beta=0.0002),
-    "edge / 50": _but(SCALED, alpha=0.0),
+    **{f"edge / {n}": _but(PAPER, alpha=0.0, beta=0.1 / n) for n in (50, 15, 500)},
     "bce + density x 3": _but(BCE, alpha=0.06),
     "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
     "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),

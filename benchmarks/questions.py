@@ -61,11 +61,12 @@ PEERS = {
     "bce": BCE,
     **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
-# The weights, then one factor at a time from SCALED.
+EDGE = _but(SCALED, alpha=0.0)
 FACTORS = {
     "both, edge / 50": SCALED,
     "both, edge / 500": _but(SCALED, beta=0.0002),
-    **{f"edge / {n}": _but(PAPER, alpha=0.0, beta=0.1 / n) for n in (50, 15, 500)},
+    "edge / 50": EDGE,
+    **{f"edge / {n}": _but(EDGE, beta=0.1 / n) for n in (15, 500)},
     "bce + density x 3": _but(BCE, alpha=0.06),
     "both, density x 3, edge / 50": _but(SCALED, alpha=0.06),
     "both / 3": _but(PAPER, alpha=0.02 / 3, beta=0.1 / 3),
@@ -78,17 +79,20 @@ FACTORS = {
     **{
         f"{n} patches a label": _but(SCALED, density={"max_patches": n}, edge={"max_patches": n}) for n in (16, 64, 256)
     },
-    **{f"temperature {t}": _but(SCALED, density={"temperature": t}, edge={"temperature": t}) for t in (0.1, 0.5)},
-    **{f"patch size {p}": _but(SCALED, density={"patch_size": p}, edge={"patch_size": p}) for p in (8, 32, 64)},
+    # One factor at a time from edge alone, and of density what may be wrong with it.
+    **{f"edge, temperature {t}": _but(EDGE, edge={"temperature": t}) for t in (0.1, 0.5)},
+    **{f"edge, patch size {p}": _but(EDGE, edge={"patch_size": p}) for p in (8, 32, 64)},
+    **{f"edge, radii {r}": _but(EDGE, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
+    "edge, sup_con": _but(EDGE, edge={"contrast": "sup_con"}),
+    "edge, a band an image": _but(EDGE, edge={"scope": "image"}),
+    "edge, features before the last block": _but(EDGE, layer="decoder.blocks.4"),
+    "edge, projection": _but(EDGE, projection=True),
+    "edge, ramp": _but(EDGE, weights="ramp"),
+    **{f"edge, share {s}": _but(BCE, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
     **{f"threshold {t}": _but(SCALED, density={"threshold": t}) for t in (0.05, 0.1, 0.3)},
-    **{f"radii {r}": _but(SCALED, edge={"inner_radius": r, "outer_radius": r}) for r in (1, 4)},
-    "sup_con": _but(SCALED, density={"contrast": "sup_con"}, edge={"contrast": "sup_con"}),
+    "patch size 8": _but(SCALED, density={"patch_size": 8}),
+    "density, sup_con": _but(SCALED, density={"contrast": "sup_con"}),
     **{f"{pairs} pairs": _but(SCALED, density={"pairs": pairs}) for pairs in PAIRS},
-    "a band an image": _but(SCALED, edge={"scope": "image"}),
-    "features before the last block": _but(SCALED, layer="decoder.blocks.4"),
-    "projection": _but(SCALED, projection=True),
-    "ramp": _but(SCALED, weights="ramp"),
-    **{f"share {s}": _but(BCE, alpha=s, beta=s, weights="share") for s in (0.03, 0.1, 0.3)},
 }
 NETWORKS = {
     f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST

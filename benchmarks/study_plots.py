@@ -47,6 +47,6 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
     panel.set_yticks(range(len(rows)), [f"{name} ({len(differences)})" for name, differences in rows.items()])
     panel.invert_yaxis()
     panel.set_ylabel("arm (seeds)")
-    panel.set_xlabel(label)
+    figure.supxlabel(label, fontsize="medium")
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

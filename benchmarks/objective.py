@@ -84,7 +84,7 @@ class Objective:
         self.criterion = _criterion(settings)
         if settings.projection:
             channels = model.get_parameter("segmentation_head.0.weight").shape[1]
-            self.projection = nn.Conv2d(channels, channels, 1)
+            self.projection = nn.Conv2d(channels, channels, 1).to(next(model.parameters()).device)
         self.norms: dict[str, float] = {}
 
     def terms(self, logits: Tensor, masks: Tensor, progress: float) -> LossTerms:

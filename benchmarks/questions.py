@@ -16,11 +16,13 @@ class Question(NamedTuple):
     arms: settings by name; a name stands for the same settings in every question.
     seeds: how many each arm gets, from 0 on.
     tested: whether the test images are looked at; choices are made without them.
+    device: "cpu" or "cuda", on which all of its runs are done: only runs of one kind are compared.
     """
 
     arms: dict[str, Settings]
     seeds: int
     tested: bool
+    device: str = "cpu"
 
     def baseline(self, arm: str) -> str | None:
         """Name of the plain BCE arm to compare this one with, None if there is none.

@@ -27,13 +27,14 @@ def band_similarity(model: nn.Module, samples: list[Sample], settings: Settings)
         norm: mean norm of the features.
     """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    device = next(model.parameters()).device
     model.eval()
     with FeatureTap(model, settings.layer or "segmentation_head.0") as tap, torch.no_grad():
         for sample in samples:
-            lesion = _middle(sample.lesion[CHANNELS.index(settings.lesions[0])])
+            lesion = _middle(sample.lesion[CHANNELS.index(settings.lesions[0])]).to(device)
             if not lesion.any() or len(found[0]) == PHOTOGRAPHS:
                 continue
-            model(encoder_input(_middle(sample.image)[None]))
+            model(encoder_input(_middle(sample.image)[None].to(device)))
             features = nn.functional.interpolate(tap.features, size=lesion.shape, mode="nearest-exact")[0]
             for band, contour in zip(found, (inner_contour, outer_contour), strict=True):
                 band.append(features[:, contour(lesion, ~lesion, RADIUS, "square")].T)

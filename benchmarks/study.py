@@ -32,6 +32,7 @@ from lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold, metric
 from machine import environment
 from networks import STRIDE, network
 from objective import Objective, Settings, gradient_norms
+from options import device as available_device
 from options import whole_number
 from photographs import CHANNELS, augmented_crops, encoder_input, photographs, train_validation_split
 from questions import QUESTIONS, Question
@@ -44,7 +45,6 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 LEARNING_RATE, WARM_UP = 1e-3, 50
 CURVE_EVERY, NORMS_EVERY = 150, 50
-CPU = torch.device("cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,50 +55,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commit = _commit()  # of what has been imported, whatever is checked out later
         for name, seed in _missing(question, options):
-            figures = run(question.arms[name], seed, options.data, options.cache, tested=question.tested, name=name)
-            line = {"arm": name, "seed": seed, "tested": question.tested, "commit": commit, **figures}
+            figures = run(name, question, seed, options.data, options.cache)
+            line = {"arm": name, "seed": seed, "tested": question.tested, "device": question.device, "commit": commit}
             with options.results.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | figures) + "\n")
     except DataError as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool, name: str = "") -> dict[str, Any]:
-    """The figures of one run, ready for JSON."""
+def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> dict[str, Any]:
+    """The figures of one run of an arm, ready for JSON."""
+    settings, device = question.arms[name], torch.device(question.device)
     train, validation = train_validation_split(photographs(data, "train", settings.size, cache), seed)
-    model = network(settings.network, len(settings.lesions), seed)
+    model = network(settings.network, len(settings.lesions), seed).to(device)
     objective = Objective(settings, model)
     parameters = [*model.parameters(), *(objective.projection.parameters() if objective.projection else ())]
     optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i / settings.steps, i))
     generator = torch.Generator().manual_seed(seed)
-    memory, peak = PeakMemory(CPU), None
+    memory, peak = PeakMemory(device), None
     seconds, loss_seconds, losses = [], [], []
     norms: list[dict[str, Any]] = []
     curve: list[dict[str, Any]] = []
     active = {"density": 0, "edge": 0}
     similarity = [band_similarity(model, validation, settings)]
     for step in tqdm(range(settings.steps), desc=f"{name}, seed {seed}", mininterval=30):
-        images, masks = augmented_crops(train, settings.batch, settings.crop, generator)
-        begin = time.perf_counter()
+        crops = augmented_crops(train, settings.batch, settings.crop, generator)
+        images, masks = (tensor.to(device) for tensor in crops)
+        begin = _now(device)
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        before = time.perf_counter()
+        before = _now(device)
         features = objective.tap.features if objective.tap else None
         terms = objective.terms(logits, masks, step / settings.steps)
-        loss_seconds.append(time.perf_counter() - before)
+        loss_seconds.append(_now(device) - before)
         measured = 0.0
         if features is not None and step % NORMS_EVERY == 0:
-            before = time.perf_counter()
+            before = _now(device)
             norms.append({"step": step, **_norms(terms, features, next(model.parameters()))})
-            measured = time.perf_counter() - before
+            measured = _now(device) - before
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
         schedule.step()
-        seconds.append(time.perf_counter() - begin - measured)
+        seconds.append(_now(device) - begin - measured)
         losses.append([float(value.detach()) for value in terms])
         for part in active:
             active[part] += float(getattr(terms, part).detach()) > 0
@@ -113,7 +115,7 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
     figures: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment(CPU),
+        "environment": environment(device),
         "curve": curve,
         "losses": _means(losses, NORMS_EVERY),
         "active": {part: count / settings.steps for part, count in active.items()},
@@ -123,7 +125,7 @@ def run(settings: Settings, seed: int, data: Path, cache: Path, *, tested: bool,
         "loss_forward_seconds": quartiles(loss_seconds)._asdict(),
         "peak_memory_bytes": peak,
     }
-    if tested:
+    if question.tested:
         test = photographs(data, "test", settings.size, cache)
         figures["test"] = evaluation(model, test, settings, best_thresholds(curve[-1]["f1_by_threshold"]))
     return figures
@@ -154,15 +156,16 @@ def evaluation(
     model.eval()
     for sample in samples:
         probability = _probability(model, sample)
+        shown = np.asarray(probability.cpu())
         disc = np.asarray(sample.lesion[CHANNELS.index("OD")])
         for k, lesion in enumerate(settings.lesions):
             mask = sample.lesion[CHANNELS.index(lesion)]
             probabilities[k].append(probability[k].flatten())
-            truth[k].append(mask.flatten())
+            truth[k].append(mask.flatten().to(probability.device))
             if mask.any():
-                by_threshold[k].append(f1_by_threshold(np.asarray(probability[k]), np.asarray(mask)))
+                by_threshold[k].append(f1_by_threshold(shown[k], np.asarray(mask)))
             for level, own in zip(levels, found, strict=True):
-                numbers = counts(np.asarray(probability[k] > level[k]), np.asarray(mask), disc)
+                numbers = counts(shown[k] > level[k], np.asarray(mask), disc)
                 own.append({"name": sample.name, "lesion": lesion, **numbers})
     precisions = [
         float(binary_average_precision(torch.cat(p), torch.cat(t).int()))
@@ -190,10 +193,18 @@ def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _probability(model: nn.Module, sample: Sample) -> Tensor:
     height, width = sample.image.shape[1:]
-    filled = nn.functional.pad(sample.image, (0, -width % STRIDE, 0, -height % STRIDE))
+    image = sample.image.to(next(model.parameters()).device)
+    filled = nn.functional.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
     with torch.inference_mode():
         logits: Tensor = model(encoder_input(filled[None]).contiguous(memory_format=torch.channels_last))
     return logits[0, :, :height, :width].sigmoid()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds by the clock, once the device has done what it has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _norms(terms: Any, features: Tensor, weight: Tensor) -> dict[str, dict[str, float]]:
@@ -215,7 +226,7 @@ def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[
     claims = options.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     for seed, name in itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms):
-        path = claims / f"{name.replace('/', 'by')}, seed {seed}"
+        path = claims / f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
         with path.open("w") as claim, contextlib.suppress(BlockingIOError):
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
             if seed not in [run["seed"] for run in runs_of(name, question, read_lines(options.results))]:
@@ -230,14 +241,18 @@ def read_lines(results: Path) -> list[dict[str, Any]]:
 def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those lines that answer the question for one of its arms, one a seed, in the order of the seeds.
 
-    That is with the settings that the arm has now, with seeds that the question asks for, and after a look at the test
-    photographs where they count. Of several lines of a seed the last one stands.
+    That is with the settings that the arm has now, with seeds that the question asks for, on its device, and after a
+    look at the test photographs where they count. Of several lines of a seed the last one stands.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(question.arms[name])))
     fitting = {
         line["seed"]: line
         for line in lines
-        if line["settings"] == settings and line["seed"] < question.seeds and (line["tested"] or not question.tested)
+        if line["settings"] == settings
+        and line["seed"] < question.seeds
+        and (line["tested"] or not question.tested)
+        # The first lines do not name it.
+        and line.get("device", "cpu") == question.device
     }
     return [fitting[seed] for seed in sorted(fitting)]
 
@@ -260,7 +275,12 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of reduced photographs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        available_device(QUESTIONS[options.question].device)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"question {options.question} is answered on CUDA, so that its runs compare: the device {error}")
+    return options
 
 
 if __name__ == "__main__":

@@ -75,7 +75,11 @@ def summary(found: Mapping[str, Arms]) -> str:
     parts, waiting = [], {}
     known: set[str] = set()
     for letter, arms in found.items():
-        own = {json.dumps([run["settings"], run["seed"]]) for runs in arms.values() for run in runs}
+        own = {
+            json.dumps([run["settings"], run["seed"], QUESTIONS[letter].device])
+            for runs in arms.values()
+            for run in runs
+        }
         if own <= known:
             waiting[letter] = QUESTIONS[letter].seeds * len(QUESTIONS[letter].arms) - len(own)
         else:

@@ -6,9 +6,15 @@ import pytest
 import torch
 from batches import MODULES, assert_equal_values_and_gradients, batch, gradients
 from strategies import CONTRASTS
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    FeatureTap,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+)
 from contrastive_exudate_loss import contrast as contrast_module
 
 
@@ -122,26 +128,103 @@ def test_one_graph_compiles_for_any_number_of_lesions_and_any_weight(name):
     assert len(graphs) == 1
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", MODULES)
-def test_cuda_equals_cpu_without_synchronisation(name):
-    module = copy.deepcopy(MODULES[name])
-    inputs = batch()
-    on_cuda = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in inputs]
+def assert_cuda_equals_cpu_without_synchronisation(module, on_cuda, *inputs):
+    """Value and gradients of the floating inputs that want one, of the module and of what stands for it on CUDA."""
 
-    def call(logits, target, features):
-        loss = module(logits, target, features) if name == "combined" else module(features, target)
-        return loss, gradients(loss, features)[0]
+    def call(criterion, *arguments):
+        loss = criterion(*arguments)
+        return loss, *gradients(loss, *(tensor for tensor in arguments if tensor.requires_grad))
 
-    wanted = call(*inputs)
-    call(*on_cuda)  # the first call checks the target's values
+    wanted = call(module, *inputs)
+    moved = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    call(on_cuda, *moved)  # the first call checks the target's values, or compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = call(*on_cuda)
+        got = call(on_cuda, *moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in inputs)
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
+        scale = float(b.abs().max())
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-2 if half else 1e-4, atol=(1e-2 if half else 1e-5) * scale)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_cuda_equals_cpu_without_synchronisation(name, compiled):
+    module = copy.deepcopy(MODULES[name])
+    logits, target, features = batch()
+    if name == "combined":
+        module.supervised = None if compiled else module.supervised  # MONAI's Dice does not compile to one graph
+        inputs = (logits, target, features)
+    else:
+        inputs = (features, target)
+    torch.compiler.reset()
+    on_cuda = torch.compile(module, fullgraph=True) if compiled else module
+    assert_cuda_equals_cpu_without_synchronisation(module, on_cuda, *inputs)
+
+
+@pytest.mark.cuda
+@options
+@pytest.mark.parametrize("cells", [32, 8, 11, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_cuda_equals_cpu_with_any_option_at_any_stride(loss, chosen, cells, dtype):
+    _, target, _ = batch(classes=2)
+    features = torch.randn(2, 4, cells, cells).to(dtype).requires_grad_()
+    # More than there are: CUDA draws others than the CPU.
+    drawn = {"max_patches": 10**4} if "max_patches" in chosen else {}
+    module = loss(**chosen | drawn)
+    assert_cuda_equals_cpu_without_synchronisation(module, module, features, target)
+
+
+@pytest.mark.cuda
+def test_patches_are_drawn_on_cuda_without_synchronisation():
+    _, target, features = batch(images=3)
+    target, features = target.cuda(), features.detach().cuda()
+    term = PatchDensityContrastLoss(4, max_patches=3)
+    values = [term(features, target)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values += [term(features, target) for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len({float(value) for value in values}) > 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_many_embeddings_on_cuda_equal_those_on_the_cpu(contrast):
+    """So many that they take several tiles, in memory that grows with their number."""
+    target = (torch.rand(1, 1, 120, 120) < 0.1).float()
+    features = torch.randn(1, 8, 120, 120, requires_grad=True)
+    module = PatchDensityContrastLoss(1, contrast=contrast)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert_cuda_equals_cpu_without_synchronisation(module, module, features, target)
+    assert torch.cuda.max_memory_allocated() - before < target.numel() ** 2
+
+
+@pytest.mark.cuda
+def test_mixed_precision_trains_on_cuda():
+    torch.manual_seed(0)
+    _, target, _ = batch(images=4)
+    images = (target + torch.randn(4, 3, 32, 32)).cuda()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).cuda()
+    criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(4), features=FeatureTap(model))
+    optimizer, scaler = torch.optim.Adam(model.parameters(), 0.01), torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = criterion(model(images), target.cuda())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert loss.dtype == torch.float32
+        losses.append(float(loss.detach()))
+    assert scaler.get_scale() >= 2**14  # hardly a step was left out for an infinity
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.cuda

@@ -99,7 +99,7 @@ def test_a_question_of_choice_leaves_the_test_photographs_alone(folder):
 def test_a_run_that_another_process_is_at_is_left_to_it(folder):
     claims = folder / "cache" / "claims"
     claims.mkdir(parents=True)
-    with (claims / "bce, seed 1").open("w") as claim:
+    with (claims / "bce, seed 1, cpu").open("w") as claim:
         fcntl.flock(claim, fcntl.LOCK_EX)
         lines = run(folder, "--question", "a")
     assert sorted((line["arm"], line["seed"]) for line in lines) == [("bce", 0), ("both", 0), ("both", 1)]
@@ -113,6 +113,26 @@ def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkey
     assert light["active"]["edge"] > 0
     for name in ("curve", "test"):
         assert bce[name] == light[name]
+
+
+@pytest.mark.cuda
+def test_a_run_on_cuda_is_that_on_the_cpu_and_counts_for_its_own_questions(folder, monkeypatch):
+    on_cpu = run(folder, "--question", "a", "--seeds", "1")
+    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, 2, tested=True, device="cuda"))
+    on_cuda = run(folder, "--question", "a", "--seeds", "1")[2:]
+    assert [line["device"] for line in on_cpu + on_cuda] == ["cpu", "cpu", "cuda", "cuda"]
+    for one, other in zip(on_cpu, on_cuda, strict=True):
+        assert (one["arm"], one["settings"]) == (other["arm"], other["settings"])
+        assert one["losses"] == [pytest.approx(losses, rel=0.01) for losses in other["losses"]]
+        assert len(other["similarity"]) == 2
+
+
+def test_a_question_for_cuda_is_refused_in_one_sentence_where_there_is_none(folder, monkeypatch, capsys):
+    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, 2, tested=True, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        run(folder, "--question", "a")
+    assert "question a is answered on CUDA" in capsys.readouterr().err
 
 
 def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
@@ -239,9 +259,11 @@ def test_lines_answer_a_question_with_their_settings_seeds_and_test():
         made_up("both", 1, [4], ARMS["both"], tested=False),
         made_up("both", 2, [5], ARMS["both"]),
         made_up("both", 1, [6], TINY),
+        {**made_up("both", 0, [7], ARMS["both"]), "device": "cuda"},
     ]
     assert study.runs_of("both", Question(ARMS, 2, tested=True), lines) == [lines[1], lines[2]]
     assert study.runs_of("both", Question(ARMS, 2, tested=False), lines) == [lines[1], lines[3]]
+    assert study.runs_of("both", Question(ARMS, 2, tested=True, device="cuda"), lines) == [lines[6]]
 
 
 def rows(text):
@@ -296,6 +318,10 @@ def test_the_bootstrap_is_of_the_counts_at_the_threshold_asked_for():
 
 class Guesses(nn.Module):
     """Random logits of two lesions."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))  # says on which device it is
 
     def forward(self, images):
         return torch.randn(len(images), 2, *images.shape[2:], generator=torch.Generator().manual_seed(images.shape[3]))

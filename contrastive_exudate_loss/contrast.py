@@ -4,8 +4,10 @@ The gradient of the M x M similarities is formed tile by tile beside the loss: a
 has only to scale it. Reference: Khosla et al. 2020 (arXiv 2004.11362); Tang et al. 2023 (arXiv 2302.11517).
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +49,12 @@ def contrast_loss(
     Returns:
         (), of the embeddings' dtype; 0 with zero gradients where there is no positive pair or no negative.
     """
-    loss: Tensor = _Contrast.apply(directions(embeddings), labels, present, temperature, contrast, part, parts)
+    loss: Tensor = _Contrast.apply(embeddings, labels, present, temperature, contrast, part, parts)
     return loss
 
 
-def directions(embeddings: Tensor) -> Tensor:
-    """Each embedding divided by its Euclidean norm; a zero vector stays zero, with a zero gradient.
+def directions(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each embedding divided by its Euclidean norm; a zero vector stays zero.
 
     Divided by the largest magnitude first, so that no square over- or underflows.
 
@@ -60,13 +62,14 @@ def directions(embeddings: Tensor) -> Tensor:
         embeddings: (M, C), floating.
 
     Returns:
-        (M, C), floating.
+        z: (M, C), floating.
+        scale, norm: (M, 1), floating; embeddings = z norm scale. Of a zero vector the scale is infinite.
     """
-    scale = embeddings.detach().abs().amax(1, keepdim=True)
-    nonzero = scale != 0  # true of NaN, which must not vanish: GradScaler looks for it
-    scaled = embeddings / torch.where(nonzero, scale, 1)
-    norm = torch.linalg.vector_norm(torch.where(nonzero, scaled, 1), dim=1, keepdim=True)
-    return torch.where(nonzero, scaled / norm, 0)
+    scale = torch.linalg.vector_norm(embeddings, math.inf, 1, keepdim=True)
+    scale = scale.masked_fill(scale == 0, math.inf)
+    scaled = embeddings / scale
+    norm = torch.linalg.vector_norm(scaled, 2, 1, keepdim=True).clamp(min=1)  # the largest magnitude is 1 now, or all 0
+    return scaled / norm, scale, norm
 
 
 def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -94,15 +97,27 @@ def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit:
 
 
 class _Contrast(torch.autograd.Function):
+    """Of the embeddings; its gradient is formed with it, down to theirs: autograd's own steps would cost more."""
+
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, labels: Tensor, present: Tensor, temperature: float, contrast: str, part: int, parts: int
+        ctx: Any,
+        embeddings: Tensor,
+        labels: Tensor,
+        present: Tensor,
+        temperature: float,
+        contrast: str,
+        part: int,
+        parts: int,
     ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        z, scale, norm = directions(embeddings)
         loss: Tensor
-        loss, gradient = _loss_and_gradient(
-            z, labels, present, temperature, contrast, ctx.needs_input_grad[0], part, parts
-        )
-        ctx.save_for_backward(z, gradient)
+        loss, gradient = _loss_and_gradient(z, labels, present, temperature, contrast, wanted, part, parts)
+        if wanted:
+            # What is left of the gradient across z; a zero vector's, by its infinite scale, is 0.
+            gradient = torch.addcmul(gradient, z, (z * gradient).sum(1, keepdim=True), value=-1) / norm / scale
+            ctx.save_for_backward(embeddings, gradient)
         return loss
 
     @staticmethod
@@ -111,10 +126,10 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The contrast's gradient, which depends on z but knows no derivative: it refuses one rather than give 0."""
+    """The contrast's gradient, which depends on them but knows no derivative: it refuses one rather than give 0."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, z: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, scale: Tensor, embeddings: Tensor, gradient: Tensor) -> Tensor:
         return scale * gradient
 
     @staticmethod
@@ -290,55 +305,78 @@ def _softplus_to_sigmoid_(x: Tensor, scratch: Tensor) -> Tensor:
 def _by_mask(
     z: Tensor, ones: Tensor, zeros: Tensor, temperature: float, contrast: str, with_gradient: bool, anchors: range
 ) -> tuple[Tensor, Tensor]:
-    """Some anchors with all embeddings, positives and negatives as masks: shapes depend on shapes alone."""
+    """Some anchors with all embeddings, row by row: shapes depend on shapes alone."""
     total = len(z)
-    n = torch.stack([ones.sum(), zeros.sum()]).to(z.dtype)
-    terms = (n * (n - 1)).sum() if contrast == "nt_xent" else (n * (n > 1)).sum()
-    loss = z.new_zeros(())
-    d_z = z.new_zeros(z.shape)
-    index = torch.arange(total, device=z.device)
-    rows = max(1, 8 * TILE // max(1, total))  # each tile costs its launches, and no cache has to hold it
+    n = torch.stack([ones, zeros]).sum(1).to(z.dtype)
+    terms = (n * (n - 1) if contrast == "nt_xent" else n * (n > 1)).sum().clamp(min=1)
+    losses = z.new_zeros(total)
+    d_z = z.new_zeros(z.shape if with_gradient else (0,))
+    columns = (z / temperature).T
+    # Each tile costs its launches, and no cache has to hold it; without Triton it is copied several times.
+    fill, tiles = (_fill_on_cuda(z.device), 32) if z.is_cuda else (_filled_by_mask, 8)
+    rows = max(1, tiles * TILE // max(1, total))
     for start in anchors[::rows]:
         row = slice(start, min(start + rows, anchors.stop))
-        positive = (ones[row, None] & ones) | (zeros[row, None] & zeros)
-        positive &= index[row, None] != index
-        negative = (ones[row, None] & zeros) | (zeros[row, None] & ones)
-        tile = z[row] @ z.T / temperature
-        pos, neg = tile.masked_fill(~positive, math.inf), tile.masked_fill(~negative, -math.inf)
-        loss += _ROWS[contrast](pos, neg)
+        tile = z[row] @ columns
+        fill(tile, losses[row], ones, zeros, start, contrast)
         if with_gradient:
-            pos += neg
-            d_z[row].addmm_(pos, z)
-            d_z.addmm_(pos.T, z[row])
-    active = (n.min() > 0) & (terms > 0)
-    terms = terms.clamp(min=1)
-    gradient = torch.where(active, d_z / (temperature * terms), 0) if with_gradient else z.new_empty(0)
-    return torch.where(active, loss / terms, 0), gradient
+            d_z[row].addmm_(tile, z)
+            d_z.addmm_(tile.T, z[row])
+    return losses.sum() / terms, d_z.div_(temperature * terms)
+
+
+@functools.cache
+def _fill_on_cuda(device: torch.device) -> Callable[..., None]:
+    """One kernel for all that is done to a tile, where Triton compiles and launches; a warning where it does not."""
+    flags = torch.ones(2, dtype=torch.bool, device=device)
+    try:
+        from contrastive_exudate_loss.triton_rows import filled_by_triton
+
+        filled_by_triton(torch.zeros(2, 2, device=device), torch.zeros(2, device=device), flags, ~flags, 0, "nt_xent")
+    except Exception as error:  # of many kinds: no Triton, no C compiler, an old GPU, a driver of another version
+        warnings.warn(
+            f"the contrastive terms do without Triton on {device} and take longer: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return _filled_by_mask
+    return filled_by_triton
+
+
+def _filled_by_mask(s: Tensor, losses: Tensor, ones: Tensor, zeros: Tensor, start: int, contrast: str) -> None:
+    """What triton_rows.filled_by_triton does, with operators that every device has."""
+    row = slice(start, start + len(s))
+    negative = (ones[row, None] & zeros) | (zeros[row, None] & ones)
+    positive = (ones[row, None] & ones) | (zeros[row, None] & zeros)
+    index = torch.arange(s.shape[1], device=s.device)
+    positive &= (index[row, None] != index) & negative.any(1, keepdim=True)
+    pos, neg = s.masked_fill(~positive, math.inf), s.masked_fill(~negative, -math.inf)
+    losses.copy_(_ROWS[contrast](pos, neg))
+    torch.add(pos, neg, out=s)
 
 
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
-    """Sum over all pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
     # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)), whose derivative by s is -sigmoid(x).
     torch.sub(lse, pos, out=pos)
-    loss = (pos.clamp(min=0) + pos.abs().neg_().exp_().log1p_()).sum()
+    losses = (pos.clamp(min=0) + pos.abs().neg_().exp_().log1p_()).sum(1)
     pos.sigmoid_()
     neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
     pos.neg_()
-    return loss
+    return losses
 
 
 def _sup_con_rows(pos: Tensor, neg: Tensor) -> Tensor:
-    """Sum over anchors of their means; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    """Each anchor's mean over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     paired = pos != math.inf
     n = paired.sum(1, keepdim=True).to(pos.dtype)
     anchor, share = n > 0, 1 / n.clamp(min=1)
     lse = _finite(torch.logaddexp(pos.masked_fill(~paired, -math.inf).logsumexp(1), neg.logsumexp(1)).unsqueeze(1))
     log_share = (pos - lse).masked_fill_(~paired, 0)
-    loss = -(log_share.sum(1, keepdim=True) * share).sum()
+    losses = -(log_share.sum(1, keepdim=True) * share).squeeze(1)
     pos.copy_(log_share.exp_().sub_(share).mul_(paired))
     neg.sub_(lse).exp_().mul_(anchor)
-    return loss
+    return losses
 
 
 def _finite(lse: Tensor) -> Tensor:

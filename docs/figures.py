@@ -205,7 +205,7 @@ def contrast(theme: Theme) -> Figure:
 def contrasted(steps: int) -> tuple[Tensor, Tensor, float]:
     """Unit vectors (16, 2) after so many gradient steps on their nt_xent, their labels, and its value then."""
     start = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    embeddings = directions(start).requires_grad_()
+    embeddings = directions(start)[0].requires_grad_()
     labels = torch.arange(16) % 2 == 0
     descent = torch.optim.SGD([embeddings], RATE)
     for step in range(steps + 1):
@@ -214,7 +214,7 @@ def contrasted(steps: int) -> tuple[Tensor, Tensor, float]:
             descent.zero_grad()
             loss.backward()
             descent.step()
-    return directions(embeddings.detach()), labels, loss.item()
+    return directions(embeddings.detach())[0], labels, loss.item()
 
 
 FIGURES = problem, patches, bands, pooling, contrast

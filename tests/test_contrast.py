@@ -1,6 +1,11 @@
 """Laws of the contrast; pytorch-metric-learning and float64 loops are the oracles."""
 
+import importlib.util
 import math
+import os
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import reference
@@ -27,7 +32,29 @@ def in_parts(z, ones, zeros, *arguments):
     return tuple(sum(tensors) for tensors in zip(*results, strict=True))
 
 
-WAYS = {"by label": module._by_label, "by mask": by_mask, "in parts": in_parts}
+def interpreted():
+    """The kernel's file once more, for Triton's interpreter, which runs on the CPU."""
+    spec = importlib.util.spec_from_file_location("interpreted", Path(module.__file__).with_name("triton_rows.py"))
+    rows = importlib.util.module_from_spec(spec)
+    own = [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]
+    # Triton's own functions are made for the interpreter or for a GPU when they are imported.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.dict(sys.modules):
+        for name in own:
+            del sys.modules[name]
+        spec.loader.exec_module(rows)
+    rows.BLOCK = 8  # so that a row of a small batch is several blocks
+    return rows.filled_by_triton
+
+
+FILLED_BY_TRITON = interpreted()
+
+
+def by_kernel(*arguments):
+    with mock.patch.object(module, "_filled_by_mask", FILLED_BY_TRITON):
+        return by_mask(*arguments)
+
+
+WAYS = {"by label": module._by_label, "by mask": by_mask, "in parts": in_parts, "by kernel": by_kernel}
 LIBRARY = {"nt_xent": NTXentLoss, "sup_con": SupConLoss}
 
 
@@ -214,7 +241,7 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
-    z = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
+    z, *_ = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
     labels, present = torch.arange(9) < 4, torch.arange(9) < 8
     for with_gradient in (True, False):
         for strided in (z, z.T.contiguous().T):
@@ -225,7 +252,7 @@ def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_all_ways_give_a_contiguous_gradient_of_any_input(contrast):
-    z = directions(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).T)
+    z, *_ = directions(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).T)
     ones = torch.arange(9) < 4
     for way in WAYS.values():
         assert way(z, ones, ~ones, 0.05, contrast, True)[1].is_contiguous()
@@ -233,7 +260,7 @@ def test_all_ways_give_a_contiguous_gradient_of_any_input(contrast):
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_all_ways_give_an_empty_gradient_where_none_is_asked_for(contrast):
-    z = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
+    z, *_ = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
     ones = torch.arange(9) < 4
     for way in WAYS.values():
         loss, gradient = way(z, ones, ~ones, 0.05, contrast, False)
@@ -250,11 +277,17 @@ def test_on_the_cpu_the_whole_is_contrasted_label_by_label(parts, by_label, monk
     assert len(calls) == by_label
 
 
+def test_where_triton_cannot_run_a_warning_says_why_and_other_operators_do_it():
+    with pytest.warns(UserWarning, match=r"without Triton on cpu and take longer: RuntimeError: 0 active drivers"):
+        fill = module._fill_on_cuda.__wrapped__(torch.device("cpu"))
+    assert fill is module._filled_by_mask
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 200])
 def test_tiles_of_masks_hold_as_many_rows_as_eight_tiles_of_pairs(total, monkeypatch):
     monkeypatch.setattr(module, "TILE", 13)
     shapes = []
-    monkeypatch.setitem(module._ROWS, "nt_xent", lambda pos, neg: shapes.append(pos.shape) or pos.new_zeros(()))
+    monkeypatch.setitem(module._ROWS, "nt_xent", lambda pos, neg: shapes.append(pos.shape) or pos.new_zeros(len(pos)))
     labels = torch.arange(total) % 2 > 0
     module._by_mask(torch.zeros(total, 2), labels, ~labels, 1.0, "nt_xent", False, range(total))
     assert sum(rows for rows, _ in shapes) == total

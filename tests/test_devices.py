@@ -1,6 +1,8 @@
 """What the losses promise of compiled graphs and of CUDA."""
 
+import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -128,6 +130,18 @@ def test_one_graph_compiles_for_any_number_of_lesions_and_any_weight(name):
     assert len(graphs) == 1
 
 
+@contextlib.contextmanager
+def no_synchronisation():
+    """Whatever waits for the device is an error inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode of torch is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def assert_cuda_equals_cpu_without_synchronisation(module, on_cuda, *inputs):
     """Value and gradients of the floating inputs that want one, of the module and of what stands for it on CUDA."""
 
@@ -138,11 +152,8 @@ def assert_cuda_equals_cpu_without_synchronisation(module, on_cuda, *inputs):
     wanted = call(module, *inputs)
     moved = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in inputs]
     call(on_cuda, *moved)  # the first call checks the target's values, or compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         got = call(on_cuda, *moved)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in inputs)
     for a, b in zip(got, wanted, strict=True):
         scale = float(b.abs().max())
@@ -184,11 +195,8 @@ def test_patches_are_drawn_on_cuda_without_synchronisation():
     target, features = target.cuda(), features.detach().cuda()
     term = PatchDensityContrastLoss(4, max_patches=3)
     values = [term(features, target)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         values += [term(features, target) for _ in range(5)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert len({float(value) for value in values}) > 1
 
 
@@ -225,6 +233,21 @@ def test_mixed_precision_trains_on_cuda():
         losses.append(float(loss.detach()))
     assert scaler.get_scale() >= 2**14  # hardly a step was left out for an infinity
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.cuda
+def test_without_triton_cuda_gives_the_same(monkeypatch):
+    _, target, features = batch(images=3)
+    term = PatchDensityContrastLoss(4)
+    losses = [term(features.cuda(), target.cuda())]
+    monkeypatch.setattr(contrast_module, "_fill_on_cuda", lambda device: contrast_module._filled_by_mask)
+    losses.append(term(features.cuda(), target.cuda()))
+    assert_equal_values_and_gradients(*losses, features)
+
+
+@pytest.mark.cuda
+def test_triton_is_used_on_cuda():
+    assert contrast_module._fill_on_cuda(torch.device("cuda", 0)).__name__ == "filled_by_triton"
 
 
 @pytest.mark.cuda

@@ -1,0 +1,86 @@
+"""Rows of similarities to their anchors' losses and gradients, in one Triton kernel: a GPU waits for every launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # columns at a time
+
+
+def filled_by_triton(s: Tensor, losses: Tensor, ones: Tensor, zeros: Tensor, start: int, contrast: str) -> None:
+    """Losses of some anchors, whose similarities become the gradient.
+
+    Args:
+        s: (rows, M), floating, contiguous: similarities of the anchors from start on with all embeddings, divided by
+            the temperature. Becomes the derivative of the losses' sum by the similarities.
+        losses: (rows,), of the same dtype, to be written: nt_xent's sum over an anchor's pairs, sup_con's mean; 0
+            without a pair or without a negative.
+        ones: (M,), bool: the embeddings of label 1.
+        zeros: (M,), bool: those of label 0; all others count for nothing.
+        start: index of the first anchor.
+        contrast: "nt_xent" or "sup_con".
+    """
+    flags = ones.view(torch.uint8), zeros.view(torch.uint8)
+    with torch.cuda.device_of(s):  # Triton launches on the current device
+        _fill[(len(s),)](s, losses, *flags, start, s.shape[1], contrast == "sup_con", BLOCK)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl.constexpr):
+    """One program an anchor: its logsumexp, then its loss, then its row of the gradient."""
+    row = tl.program_id(0)
+    anchor = start + row
+    s += row.to(tl.int64) * total
+    nothing = tl.full([], float("-inf"), s.dtype.element_ty)
+    top, exps, negatives = nothing, tl.full([], 0, nothing.dtype), 0
+    for first in range(0, total, block):
+        column = first + tl.arange(0, block)
+        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        value = tl.where(negative | pair if sup_con else negative, tl.load(s + column, inside, 0), nothing)
+        higher = tl.maximum(top, tl.max(value, 0))
+        shift = tl.where(higher == nothing, 0, higher)
+        exps = exps * tl.exp(top - shift) + tl.sum(tl.exp(value - shift), 0)
+        top = higher
+        negatives += tl.sum(negative.to(tl.int32), 0)
+    lse = tl.where(negatives > 0, top + tl.log(tl.where(negatives > 0, exps, 1)), 0)
+    loss, weight = tl.full([], 0, nothing.dtype), tl.full([], 0, nothing.dtype)
+    for first in range(0, total, block):
+        column = first + tl.arange(0, block)
+        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        x = lse - tl.load(s + column, inside, 0)
+        if sup_con:
+            part, share = x, tl.full([block], 1, x.dtype)
+        else:
+            # log(1 + exp(x)) and its derivative; log(1 + t) is written so that a small t keeps its digits.
+            t = tl.exp(-tl.abs(x))
+            u = 1 + t
+            part = tl.maximum(x, 0) + tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1, u - 1)))
+            share = tl.where(x > 0, 1, t) / u
+        pair = pair & (negatives > 0)
+        loss += tl.sum(tl.where(pair, part, 0), 0)
+        weight += tl.sum(tl.where(pair, share, 0), 0)
+    for first in range(0, total, block):
+        column = first + tl.arange(0, block)
+        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        x = lse - tl.load(s + column, inside, 0)
+        t = tl.exp(-tl.abs(x))  # of all that are in the lse x >= 0, so that this is their share of it
+        if sup_con:
+            # The weight is the number of pairs; without any there is no loss.
+            repelled, attracted = tl.where(weight > 0, t, 0), t - 1 / tl.maximum(weight, 1)
+        else:
+            repelled, attracted = weight * t, -tl.where(x > 0, 1, t) / (1 + t)
+        gradient = tl.where(pair & (negatives > 0), attracted, tl.where(negative, repelled, 0))
+        tl.store(s + column, gradient, inside)
+    tl.store(losses + row, loss / tl.maximum(weight, 1) if sup_con else loss)
+
+
+@triton.jit
+def _partners(ones, zeros, anchor, column, total):
+    """Which columns there are, which of them are the anchor's pairs, and which its negatives."""
+    inside = column < total
+    one, zero = tl.load(ones + anchor), tl.load(zeros + anchor)
+    other_one, other_zero = tl.load(ones + column, inside, 0), tl.load(zeros + column, inside, 0)
+    pair = ((one & other_one) | (zero & other_zero)) != 0
+    negative = ((one & other_zero) | (zero & other_one)) != 0
+    return inside, pair & (column != anchor), negative

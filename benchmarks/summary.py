@@ -33,10 +33,22 @@ SHOWN = {
     "small_recall": "small-lesion recall",
     "boundary_f1": "boundary F1",
     "disc_fp": "false positives in the disc",
+    "small_recall_tuned": "small-lesion recall, best threshold",
+    "boundary_f1_tuned": "boundary F1, best threshold",
     "f1_tuned": "F1, best threshold of the fold",
     "threshold": "that threshold",
 }
-COMPARED = ("f1", "f1_tuned", "average_precision", "iou", "small_recall", "boundary_f1", "disc_fp")
+COMPARED = (
+    "f1",
+    "f1_tuned",
+    "average_precision",
+    "iou",
+    "small_recall",
+    "small_recall_tuned",
+    "boundary_f1",
+    "boundary_f1_tuned",
+    "disc_fp",
+)
 PARTS = {"density": "alpha", "edge": "beta"}
 Run = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Run]]
@@ -119,7 +131,7 @@ def _arms(question: Question, lines: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def _tuned(run: dict[str, Any]) -> dict[str, Any]:
-    """With F1 at the threshold that is best on the fold; unchanged where a run of old has none at other thresholds.
+    """With metrics at the threshold that is best on the fold; runs of old have no F1 or no others at other thresholds.
 
     Of several lesions it is the mean, each at its own threshold; the threshold shown is the mean of theirs.
     """
@@ -132,8 +144,11 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
         f1 = np.take_along_axis(_f1_table(metrics), best, 1)
         return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(THRESHOLDS, best).mean())}
 
-    test = {"test": tuned(run["test"])} if run["tested"] else {}
-    return run | {"curve": [*earlier, tuned(last)]} | test
+    if not run["tested"]:
+        return run | {"curve": [*earlier, tuned(last)]}
+    others = {f"{name}_tuned": run["test"].get("tuned", {}).get(name) for name in ("small_recall", "boundary_f1")}
+    known = {name: value for name, value in others.items() if value is not None}
+    return run | {"curve": [*earlier, tuned(last)], "test": tuned(run["test"]) | known}
 
 
 def _f1_table(metrics: Run) -> npt.NDArray[np.float64]:
@@ -149,10 +164,11 @@ def _pairs(question: Question, arms: Arms) -> dict[str, list[tuple[Run, Run]]]:
 
 def _metrics(question: Question, arms: Arms) -> str:
     """Mean and standard deviation over seeds."""
-    rows = [["test photographs" if question.tested else "validation fold", "seeds", *SHOWN.values()]]
-    for name, runs in arms.items():
-        found = [measured(run, tested=question.tested) for run in runs]
-        columns = [[one[key] for one in found if key in one] for key in SHOWN]
+    tables = {name: [measured(run, tested=question.tested) for run in runs] for name, runs in arms.items()}
+    keys = [key for key in SHOWN if any(key in one for found in tables.values() for one in found)]
+    rows = [["test photographs" if question.tested else "validation fold", "seeds", *(SHOWN[key] for key in keys)]]
+    for name, found in tables.items():
+        columns = [[one[key] for one in found if key in one] for key in keys]
         rows.append([name, str(len(found)), *(_spread(c) + _fewer(len(c), len(found)) for c in columns)])
     return aligned(rows)
 
@@ -161,10 +177,11 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
     title = "minus BCE of the same seeds: mean (t interval over seeds; two seeds: each one's)"
     if question.tested:
         title += "; bootstrap over photographs, networks held fixed"
-    rows = [[title, "seeds", *(SHOWN[key] for key in COMPARED)]]
+    keys = [key for key in COMPARED if any(of_each_seed(own, key, tested=question.tested) for own in pairs.values())]
+    rows = [[title, "seeds", *(SHOWN[key] for key in keys)]]
     for name, own in pairs.items():
         cells = []
-        for key in COMPARED:
+        for key in keys:
             known = of_each_seed(own, key, tested=question.tested)
             cell = _interval(known) if known else "-"
             cell += _fewer(len(known), len(own))
@@ -177,10 +194,10 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
 
 def _bootstrap(pairs: Sequence[tuple[Run, Run]], key: str) -> str:
     """Nothing where a run's photographs were not counted so."""
-    tuned = key == "f1_tuned"
+    tuned = key.endswith("_tuned")
     if key == "average_precision" or (tuned and not all("tuned" in run["test"] for pair in pairs for run in pair)):
         return ""
-    _, interval = over_photographs(pairs, "f1" if tuned else key, tuned=tuned)
+    _, interval = over_photographs(pairs, key.removesuffix("_tuned"), tuned=tuned)
     return "" if interval is None else f"; {interval[0]:+.3f} to {interval[1]:+.3f}"
 
 

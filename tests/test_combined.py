@@ -12,6 +12,7 @@ from strategies import features_for, masks
 
 from contrastive_exudate_loss import (
     CombinedExudateLoss,
+    FeatureTap,
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
@@ -57,6 +58,22 @@ def test_gradcheck_of_the_combination():
 def test_the_weights_are_the_papers_unless_given():
     criterion = CombinedExudateLoss()
     assert (criterion.alpha, criterion.beta) == (0.02, 0.1)
+
+
+def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criterion_takes():
+    class Mine(CombinedExudateLoss):
+        pass
+
+    logits, target, features = batch()
+    target[:, :, :, -4:] = -1
+    tap = FeatureTap(torch.nn.Conv2d(4, 1, 1))
+    criterion = Mine.weak_edge(supervised=lambda logits, target: logits.square().mean(), ignore_index=-1, features=tap)
+    assert type(criterion) is Mine
+    assert criterion.tap is tap
+    terms = criterion.terms(logits, target, features)
+    assert terms.density == 0
+    assert torch.equal(terms.edge, PatchEdgeContrastLoss(ignore_index=-1)(features, target))
+    torch.testing.assert_close(terms.total, logits.square().mean() + 0.002 * terms.edge)
 
 
 @pytest.mark.parametrize(("edge_side", "poolings"), [(16, 1), (8, 2)])

@@ -160,7 +160,7 @@ def made_up(arm, seed, hits, settings=TINY, tested=True, lesions=("EX",)):
         for k, name in enumerate(lesions)
         for i, n in enumerate(np.add(hits, k).tolist())
     ]
-    scores = dict.fromkeys(set(summary.SHOWN) - {"f1_tuned", "threshold"}, 0.25)
+    scores = {name: 0.25 for name in summary.SHOWN if not name.endswith("_tuned") and name != "threshold"}
     scores["f1"] = float(np.mean([2 * p["tp"] / (10 + p["tp"]) for p in photographs]))
     levels = range(len(THRESHOLDS))
     fold = {"f1_by_threshold": [[0.5 + 0.01 * (n == seed + k) for n in levels] for k in range(len(lesions))]}
@@ -293,6 +293,17 @@ def test_the_threshold_is_chosen_on_the_fold():
     assert cells[-2] == f"{np.mean([0.03, 0.07]):.3f} ± {np.std([0.03, 0.07], ddof=1):.3f} (2 seeds)"
 
 
+def test_small_lesions_and_boundaries_are_compared_at_that_threshold_too():
+    runs = [made_up(arm, 3, [5], ARMS[arm]) for arm in ARMS]
+    question = Question(ARMS, 9, tested=True)
+    assert "small-lesion recall, best threshold" not in summary.answer("x", question, summary._arms(question, runs))
+    for run, recall in zip(runs, (0.3, 0.45), strict=True):
+        run["test"]["tuned"] = {"small_recall": recall, "boundary_f1": 0.1, "photographs": run["test"]["photographs"]}
+    text = summary.answer("x", question, summary._arms(question, runs))
+    assert [line.count("small-lesion recall, best threshold") for line in text.splitlines() if "minus" in line] == [1]
+    assert "+0.150; " in text
+
+
 def test_each_lesion_has_a_threshold_of_its_own():
     settings = dataclasses.replace(TINY, lesions=("MA", "EX"))
     (found,) = summary._arms(
@@ -423,16 +434,25 @@ def test_the_page_shows_the_recorded_runs(capsys):
     assert summary.main([]) == 0
     root = Path(summary.__file__).parents[1]
     assert capsys.readouterr().out.rstrip() in (root / "docs/results.md").read_text()
-    question = study.QUESTIONS["a"]
-    arms = summary._arms(question, study.read_lines(study.RESULTS))
-    bce = np.mean([run["test"]["f1"] for run in arms["bce"]])
-    hecl, both = (
-        "{} ({} to {}, {} seeds)".format(*(f"{number:+.3f}" for number in (mean, *interval)), len(differences))
-        for differences in (of_each_seed(summary._pairs(question, arms)[name], "f1") for name in ("hecl", "both"))
-        for mean, interval in [over_seeds(differences)]
-    )
-    sentence = f"{bce:.3f} with BCE; `hecl()` changes it by {hecl}, the paper's weights by {both}"
-    assert sentence in (root / "README.md").read_text()
+    lines = study.read_lines(study.RESULTS)
+    found = {letter: summary._arms(study.QUESTIONS[letter], lines) for letter in "ae"}
+
+    def difference(letter, arm, metric):
+        differences = of_each_seed(summary._pairs(study.QUESTIONS[letter], found[letter])[arm], metric)
+        mean, interval = over_seeds(differences)
+        return "{:+.3f} ({:+.3f} to {:+.3f}".format(mean, *interval)
+
+    f1, recall = (np.mean([run["test"][name] for run in found["e"]["bce"]]) for name in ("f1", "small_recall_tuned"))
+    readme = (root / "README.md").read_text()
+    for shown in (
+        f"F1 per test photograph is {f1:.3f} with BCE",
+        f"`weak_edge()` changes it by {difference('e', 'edge / 50', 'f1')}, 10 seeds)",
+        f"by {difference('e', 'edge / 50', 'f1_tuned')})",
+        f"the share of small lesions found, {recall:.3f}, by {difference('e', 'edge / 50', 'small_recall_tuned')})",
+        f"`hecl()` changes F1 by {difference('a', 'hecl', 'f1')}, 5 seeds)",
+        f"the paper's weights by {difference('a', 'both', 'f1')}, 5 seeds)",
+    ):
+        assert shown in readme
 
 
 class Knows(nn.Module):

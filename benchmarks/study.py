@@ -32,7 +32,6 @@ from lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold, metric
 from machine import environment
 from networks import STRIDE, network
 from objective import Objective, Settings, gradient_norms
-from options import device as available_device
 from options import whole_number
 from photographs import CHANNELS, augmented_crops, encoder_input, photographs, train_validation_split
 from questions import QUESTIONS, Question
@@ -276,10 +275,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of reduced photographs")
     options = parser.parse_args(arguments)
-    try:
-        available_device(QUESTIONS[options.question].device)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"question {options.question} is answered on CUDA, so that its runs compare: the device {error}")
+    if QUESTIONS[options.question].device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"question {options.question} is answered on CUDA, and PyTorch finds no CUDA device")
     return options
 
 

@@ -131,7 +131,7 @@ def _arms(question: Question, lines: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def _tuned(run: dict[str, Any]) -> dict[str, Any]:
-    """With metrics at the threshold that is best on the fold; runs of old have no F1 or no others at other thresholds.
+    """With metrics at the threshold that is best on the fold, as far as the run recorded them at other thresholds.
 
     Of several lesions it is the mean, each at its own threshold; the threshold shown is the mean of theirs.
     """

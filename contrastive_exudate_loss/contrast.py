@@ -97,7 +97,7 @@ def best_of_each_label(priority: Tensor, labels: Tensor, present: Tensor, limit:
 
 
 class _Contrast(torch.autograd.Function):
-    """Of the embeddings; its gradient is formed with it, down to theirs: autograd's own steps would cost more."""
+    """The loss, and its gradient by the embeddings with it: autograd's own steps to them would cost more."""
 
     @staticmethod
     def forward(
@@ -126,7 +126,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The contrast's gradient, which depends on them but knows no derivative: it refuses one rather than give 0."""
+    """The gradient by the embeddings, which knows no derivative of its own: it refuses one rather than give 0."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, embeddings: Tensor, gradient: Tensor) -> Tensor:
@@ -315,9 +315,10 @@ def _by_mask(
     # Each tile costs its launches, and no cache has to hold it; without Triton it is copied several times.
     fill, tiles = (_fill_on_cuda(z.device), 32) if z.is_cuda else (_filled_by_mask, 8)
     rows = max(1, tiles * TILE // max(1, total))
+    buffer = z.new_empty(min(rows, len(anchors)) * total)
     for start in anchors[::rows]:
         row = slice(start, min(start + rows, anchors.stop))
-        tile = z[row] @ columns
+        tile = torch.mm(z[row], columns, out=_shaped(buffer, (row.stop - start, total)))
         fill(tile, losses[row], ones, zeros, start, contrast)
         if with_gradient:
             d_z[row].addmm_(tile, z)
@@ -333,6 +334,8 @@ def _fill_on_cuda(device: torch.device) -> Callable[..., None]:
         from contrastive_exudate_loss.triton_rows import filled_by_triton
 
         filled_by_triton(torch.zeros(2, 2, device=device), torch.zeros(2, device=device), flags, ~flags, 0, "nt_xent")
+    except torch.OutOfMemoryError:  # says nothing about Triton
+        raise
     except Exception as error:  # of many kinds: no Triton, no C compiler, an old GPU, a driver of another version
         warnings.warn(
             f"the contrastive terms do without Triton on {device} and take longer: {type(error).__name__}: {error}",
@@ -350,8 +353,10 @@ def _filled_by_mask(s: Tensor, losses: Tensor, ones: Tensor, zeros: Tensor, star
     index = torch.arange(s.shape[1], device=s.device)
     positive &= (index[row, None] != index) & negative.any(1, keepdim=True)
     pos, neg = s.masked_fill(~positive, math.inf), s.masked_fill(~negative, -math.inf)
-    losses.copy_(_ROWS[contrast](pos, neg))
-    torch.add(pos, neg, out=s)
+    # What is NaN touches no anchor that has no pair.
+    paired = positive.any(1)
+    losses.copy_(torch.where(paired, _ROWS[contrast](pos, neg), 0))
+    torch.add(pos, neg, out=s).masked_fill_(~paired[:, None], 0)
 
 
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:

@@ -488,10 +488,10 @@ class CombinedExudateLoss(_MaskLoss):
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
     ) -> "Self":
-        """The criterion with the setting that gained in this package's study: supervised + 0.002 edge, no density.
+        """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
-        On IDRiD, beside BCE alone, it found more small lesions at any threshold and had a higher F1 at probability
-        0.5: docs/results.md, question e. The weight suits networks with features of like scale: docs/setting.md.
+        What it gained and did not gain on IDRiD is in docs/results.md, question e; the weight suits networks whose
+        features are of the scale of those there, and docs/setting.md tells how to find it for others.
 
         Args:
             supervised: as in the constructor.

@@ -65,11 +65,11 @@ def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl
         inside, pair, negative = _partners(ones, zeros, anchor, column, total)
         x = lse - tl.load(s + column, inside, 0)
         t = tl.exp(-tl.abs(x))  # of all that are in the lse x >= 0, so that this is their share of it
-        if sup_con:
-            # The weight is the number of pairs; without any there is no loss.
-            repelled, attracted = tl.where(weight > 0, t, 0), t - 1 / tl.maximum(weight, 1)
+        if sup_con:  # whose weight is the number of pairs
+            repelled, attracted = t, t - 1 / tl.maximum(weight, 1)
         else:
             repelled, attracted = weight * t, -tl.where(x > 0, 1, t) / (1 + t)
+        repelled = tl.where(weight == 0, 0, repelled)  # without a pair, NaN or not; a NaN weight is not 0
         gradient = tl.where(pair & (negatives > 0), attracted, tl.where(negative, repelled, 0))
         tl.store(s + column, gradient, inside)
     tl.store(losses + row, loss / tl.maximum(weight, 1) if sup_con else loss)

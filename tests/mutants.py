@@ -77,7 +77,7 @@ SLOW = (
 EXAMPLES = 15  # that hypothesis draws for a law
 Place = tuple[int, int]  # row and column
 # Lines that only a CUDA or MPS device can tell from their mutants.
-OTHER_DEVICES = ("torch.cuda.is_current_stream_capturing", "self._values_checked", '"mps"')
+OTHER_DEVICES = ("torch.cuda.is_current_stream_capturing", "self._values_checked", '"mps"', "_fill_on_cuda(z.device)")
 # What the tests import, the package and the tests themselves excepted.
 IMPORTED = (
     "hypothesis",

@@ -1,5 +1,6 @@
 """Laws of the contrast; pytorch-metric-learning and float64 loops are the oracles."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -32,8 +33,10 @@ def in_parts(z, ones, zeros, *arguments):
     return tuple(sum(tensors) for tensors in zip(*results, strict=True))
 
 
+@functools.cache
 def interpreted():
     """The kernel's file once more, for Triton's interpreter, which runs on the CPU."""
+    pytest.importorskip("triton")
     spec = importlib.util.spec_from_file_location("interpreted", Path(module.__file__).with_name("triton_rows.py"))
     rows = importlib.util.module_from_spec(spec)
     own = [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]
@@ -46,11 +49,8 @@ def interpreted():
     return rows.filled_by_triton
 
 
-FILLED_BY_TRITON = interpreted()
-
-
 def by_kernel(*arguments):
-    with mock.patch.object(module, "_filled_by_mask", FILLED_BY_TRITON):
+    with mock.patch.object(module, "_filled_by_mask", interpreted()):
         return by_mask(*arguments)
 
 
@@ -224,11 +224,20 @@ def test_a_zero_embedding_stays_in_with_zero_gradient(contrast, scale):
     assert (gradient[[0, 1, 3, 4, 5]] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nan_or_infinite_embedding_makes_the_loss_nan(bad):
+@pytest.mark.usefixtures("way")
+def test_a_nan_or_infinite_embedding_makes_the_loss_nan(bad, contrast):
     e = torch.ones(4, 2)
     e[1, 0] = bad
-    assert contrast_loss(e, torch.arange(4) < 2, torch.ones(4) > 0, temperature=0.05).isnan()
+    labels = torch.arange(4) < 2
+    loss, gradient = value_and_gradient(
+        lambda e: contrast_loss(e, labels, labels | True, temperature=0.05, contrast=contrast), e
+    )
+    assert loss.isnan()
+    assert gradient.isnan().any()
+    one_of_each = torch.tensor([False, True, True, False])
+    assert contrast_loss(e, labels, one_of_each, temperature=0.05, contrast=contrast) == 0
 
 
 def test_double_backward_is_refused():
@@ -277,10 +286,25 @@ def test_on_the_cpu_the_whole_is_contrasted_label_by_label(parts, by_label, monk
     assert len(calls) == by_label
 
 
-def test_where_triton_cannot_run_a_warning_says_why_and_other_operators_do_it():
-    with pytest.warns(UserWarning, match=r"without Triton on cpu and take longer: RuntimeError: 0 active drivers"):
+def test_where_triton_cannot_run_a_warning_says_why_and_other_operators_do_it(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no C compiler")
+
+    rows = pytest.importorskip("contrastive_exudate_loss.triton_rows")
+    monkeypatch.setattr(rows, "filled_by_triton", refuse)
+    with pytest.warns(UserWarning, match="without Triton on cpu and take longer: RuntimeError: no C compiler"):
         fill = module._fill_on_cuda.__wrapped__(torch.device("cpu"))
     assert fill is module._filled_by_mask
+
+
+def test_an_exhausted_memory_is_no_verdict_on_triton(monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError
+
+    rows = pytest.importorskip("contrastive_exudate_loss.triton_rows")
+    monkeypatch.setattr(rows, "filled_by_triton", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        module._fill_on_cuda.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 200])

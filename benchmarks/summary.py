@@ -146,8 +146,8 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
 
     if not run["tested"]:
         return run | {"curve": [*earlier, tuned(last)]}
-    others = {f"{name}_tuned": run["test"].get("tuned", {}).get(name) for name in ("small_recall", "boundary_f1")}
-    known = {name: value for name, value in others.items() if value is not None}
+    others = run["test"].get("tuned", {})
+    known = {f"{name}_tuned": others[name] for name in ("small_recall", "boundary_f1") if name in others}
     return run | {"curve": [*earlier, tuned(last)], "test": tuned(run["test"]) | known}
 
 

@@ -14,24 +14,25 @@ class Question(NamedTuple):
     """Runs that belong together.
 
     arms: settings by name; a name stands for the same settings in every question.
-    seeds: how many each arm gets, from 0 on.
+    seeds: that each arm gets.
     tested: whether the test images are looked at; choices are made without them.
     device: "cpu" or "cuda", on which all of its runs are done: only runs of one kind are compared.
     """
 
     arms: dict[str, Settings]
-    seeds: int
+    seeds: range
     tested: bool
     device: str = "cpu"
 
     def baseline(self, arm: str) -> str | None:
-        """Name of the plain BCE arm to compare this one with, None if there is none.
+        """Name of the arm to compare this one with, None if there is none.
 
-        It has the same lesions, network, size and steps, and ignores the same pixels if another arm of plain BCE does.
+        It has the same lesions, network, size and steps and none of the terms; of such arms it has the same supervised
+        loss or else BCE, and ignores the same pixels or else none.
         """
         own = self.arms[arm]
         plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
-        wanted = (_but(plain, disc=own.disc), plain)
+        wanted = (_but(plain, supervised=own.supervised, disc=own.disc), _but(plain, disc=own.disc), plain)
         return next((name for one in wanted for name, other in self.arms.items() if other == one and name != arm), None)
 
 
@@ -52,17 +53,6 @@ FIRST = {
 }
 # The paper's alpha, and its beta divided by 50: by proportion, each term pulls at the features about as hard as BCE.
 SCALED = _but(PAPER, beta=0.002)
-DISC = {
-    "bce": BCE,
-    "both, edge / 50": SCALED,
-    "bce, disc ignored": _but(BCE, disc="ignored"),
-    "both, edge / 50, disc ignored": _but(SCALED, disc="ignored"),
-    "both, edge / 50, disc ignored by the terms": _but(SCALED, disc="ignored by the terms"),
-}
-PEERS = {
-    "bce": BCE,
-    **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
-}
 EDGE = _but(SCALED, alpha=0.0)
 FACTORS = {
     "both, edge / 50": SCALED,
@@ -98,32 +88,69 @@ FACTORS = {
 }
 # The first by its lead in both seeds, the others by theirs in the one that they had.
 FOUND = {"bce": BCE} | {arm: FACTORS[arm] for arm in ("edge / 50", "edge, ramp", "edge, patch size 8")}
-NETWORKS = {
-    f"{arm}, {network}": _but(FIRST[arm], network=network) for network in ("fpn", "deeplabv3plus") for arm in FIRST
+RAMP = FACTORS["edge, ramp"]
+BOTH_RAMP = _but(SCALED, density={"threshold": 0.1}, weights="ramp")
+PEERS = {
+    "bce": BCE,
+    **{name: _but(BCE, supervised=name) for name in ("dice + bce", "focal", "tversky", "hausdorff + bce")},
 }
+CONFIRMED = {
+    "bce": BCE,
+    "edge, ramp": RAMP,
+    "both, edge / 50, threshold 0.1, ramp": BOTH_RAMP,
+    "dice + bce": PEERS["dice + bce"],
+    "dice + bce + edge, ramp": _but(RAMP, supervised="dice + bce"),
+    "tversky": PEERS["tversky"],
+    "tversky + edge, ramp": _but(RAMP, supervised="tversky"),
+}
+ON_PEERS = {
+    f"{name} + both, edge / 50, threshold 0.1, ramp": _but(BOTH_RAMP, supervised=name)
+    for name in ("dice + bce", "tversky")
+}
+DISC = {
+    "bce": BCE,
+    "both": PAPER,
+    "edge, ramp": RAMP,
+    "bce, disc ignored": _but(BCE, disc="ignored"),
+    "both, disc ignored": _but(PAPER, disc="ignored"),
+    "both, disc ignored by the terms": _but(PAPER, disc="ignored by the terms"),
+    "edge, ramp, disc ignored by the terms": _but(RAMP, disc="ignored by the terms"),
+}
+NETWORKS = {
+    f"{arm}, {network}": _but(settings, network=network)
+    for network in ("fpn", "deeplabv3plus")
+    for arm, settings in (*FIRST.items(), ("edge, ramp", RAMP))
+}
+
+
+def _in_share(size: int) -> Settings:
+    """The ramp at another size, its patches and bands as large a share of the photograph."""
+    edge = {"patch_size": 16 * size // 712, "inner_radius": 2 * size // 712, "outer_radius": 2 * size // 712}
+    return _but(RAMP, size=size, edge=edge)
+
+
 RESOLUTION: dict[str, Settings] = {}
 for size in (356, 1424):
-    patch = {"patch_size": 16 * size // 712}
     RESOLUTION[f"bce, {size}"] = _but(BCE, size=size)
-    RESOLUTION[f"both, edge / 50, {size}"] = _but(SCALED, size=size)
-    bands = {"inner_radius": 2 * size // 712, "outer_radius": 2 * size // 712}
-    RESOLUTION[f"both, edge / 50, {size}, patch and bands in share"] = _but(
-        SCALED, size=size, density=patch, edge=patch | bands
-    )
+    RESOLUTION[f"edge, ramp, {size}"] = _but(RAMP, size=size)
+    RESOLUTION[f"edge, ramp, {size}, patch and bands in share"] = _in_share(size)
+NATIVE = {"bce, 2848": _but(BCE, size=2848), "edge, ramp, 2848, patch and bands in share": _in_share(2848)}
 OTHER = {
     f"{arm}, {'+'.join(lesions)}": _but(settings, lesions=lesions)
     for lesions in (("HE",), ("SE",), ("MA",), ("MA", "HE", "EX", "SE"))
-    for arm, settings in (("bce", BCE), ("both, edge / 50", SCALED))
+    for arm, settings in (("bce", BCE), ("edge, ramp", RAMP))
 }
 
 QUESTIONS = {
-    "a": Question(FIRST, 5, tested=True),
-    "b": Question(DISC, 3, tested=True),
-    "c": Question(PEERS, 3, tested=True, device="cuda"),
-    "s": Question({**FIRST, **_short(FIRST)}, 2, tested=False),
-    "d": Question(_short({**FIRST, **FACTORS}), 2, tested=False),
-    "e": Question(FOUND, 10, tested=True, device="cuda"),
-    "f": Question(NETWORKS, 3, tested=True),
-    "g": Question(RESOLUTION, 2, tested=True),
-    "h": Question(OTHER, 2, tested=True),
+    "a": Question(FIRST, range(5), tested=True),
+    "b": Question(DISC, range(10, 13), tested=True, device="cuda"),
+    "c": Question(PEERS | ON_PEERS, range(10, 13), tested=True, device="cuda"),
+    "s": Question({**FIRST, **_short(FIRST)}, range(2), tested=False),
+    "d": Question(_short({**FIRST, **FACTORS}), range(2), tested=False),
+    "e": Question(FOUND, range(10), tested=True, device="cuda"),
+    "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
+    "f": Question(NETWORKS, range(3), tested=True, device="cuda"),
+    "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
+    "n": Question(NATIVE, range(1), tested=True, device="cuda"),
+    "h": Question(OTHER, range(3), tested=True, device="cuda"),
 }

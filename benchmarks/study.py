@@ -224,7 +224,7 @@ def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[
     """Arm and seed of the runs that the file does not hold and no other process is at, seed by seed."""
     claims = options.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
-    for seed, name in itertools.product(range(min(options.seeds or question.seeds, question.seeds)), question.arms):
+    for seed, name in itertools.product(question.seeds[: options.seeds], question.arms):
         path = claims / f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
         with path.open("w") as claim, contextlib.suppress(BlockingIOError):
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
@@ -248,7 +248,7 @@ def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> l
         line["seed"]: line
         for line in lines
         if line["settings"] == settings
-        and line["seed"] < question.seeds
+        and line["seed"] in question.seeds
         and (line["tested"] or not question.tested)
         # The first lines do not name it.
         and line.get("device", "cpu") == question.device

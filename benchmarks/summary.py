@@ -93,7 +93,7 @@ def summary(found: Mapping[str, Arms]) -> str:
             for run in runs
         }
         if own <= known:
-            waiting[letter] = QUESTIONS[letter].seeds * len(QUESTIONS[letter].arms) - len(own)
+            waiting[letter] = len(QUESTIONS[letter].seeds) * len(QUESTIONS[letter].arms) - len(own)
         else:
             parts.append(answer(letter, QUESTIONS[letter], arms))
         known |= own
@@ -104,7 +104,7 @@ def summary(found: Mapping[str, Arms]) -> str:
 
 def answer(letter: str, question: Question, arms: Arms) -> str:
     """Metrics, differences to BCE, what the terms did, and how much of the question has been run."""
-    done, asked = sum(map(len, arms.values())), question.seeds * len(question.arms)
+    done, asked = sum(map(len, arms.values())), len(question.seeds) * len(question.arms)
     parts = [f"### Question {letter}: {done} of {asked} runs"]
     # Choices are made by differences, so there the baselines alone are shown as they are.
     shown = {name: runs for name, runs in arms.items() if question.tested or question.baseline(name) is None}
@@ -188,7 +188,9 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
             if question.tested:
                 cell += _bootstrap(own, key)
             cells.append(cell)
-        rows.append([name, str(len(own)), *cells])
+        baseline = question.baseline(name) or ""
+        other = "" if question.arms[baseline].supervised == "bce" else f", minus {baseline}"
+        rows.append([name + other, str(len(own)), *cells])
     return aligned(rows)
 
 

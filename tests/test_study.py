@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "NORMS_EVERY", 2)
     monkeypatch.setattr(study, "CURVE_EVERY", 2)
     for letter, tested in (("a", True), ("d", False)):
-        monkeypatch.setitem(study.QUESTIONS, letter, Question(ARMS, 2, tested))
+        monkeypatch.setitem(study.QUESTIONS, letter, Question(ARMS, range(2), tested))
     return tmp_path
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder):
 
 def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkeypatch):
     light = dataclasses.replace(ARMS["both"], alpha=1e-30, beta=1e-30)
-    monkeypatch.setitem(study.QUESTIONS, "a", Question({"bce": TINY, "light": light}, 1, tested=True))
+    monkeypatch.setitem(study.QUESTIONS, "a", Question({"bce": TINY, "light": light}, range(1), tested=True))
     bce, light = run(folder, "--question", "a")
     assert light["active"]["edge"] > 0
     for name in ("curve", "test"):
@@ -118,7 +118,7 @@ def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkey
 @pytest.mark.cuda
 def test_a_run_on_cuda_is_that_on_the_cpu_and_counts_for_its_own_questions(folder, monkeypatch):
     on_cpu = run(folder, "--question", "a", "--seeds", "1")
-    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, 2, tested=True, device="cuda"))
+    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
     on_cuda = run(folder, "--question", "a", "--seeds", "1")[2:]
     assert [line["device"] for line in on_cpu + on_cuda] == ["cpu", "cpu", "cuda", "cuda"]
     for one, other in zip(on_cpu, on_cuda, strict=True):
@@ -128,7 +128,7 @@ def test_a_run_on_cuda_is_that_on_the_cpu_and_counts_for_its_own_questions(folde
 
 
 def test_a_question_for_cuda_is_refused_in_one_sentence_where_there_is_none(folder, monkeypatch, capsys):
-    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, 2, tested=True, device="cuda"))
+    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         run(folder, "--question", "a")
@@ -227,11 +227,32 @@ OTHER = {
 
 
 def test_an_arm_is_compared_with_bce_of_its_own_kind():
-    question = Question(OTHER, 2, tested=True)
+    question = Question(OTHER, range(2), tested=True)
     assert {name: question.baseline(name) for name in OTHER} == {
         "bce": None, "both": "bce", "bce, SE": None, "both, SE": "bce, SE",
     }  # fmt: skip
-    assert Question({"both": ARMS["both"]}, 2, tested=True).baseline("both") is None
+    assert Question({"both": ARMS["both"]}, range(2), tested=True).baseline("both") is None
+
+
+def test_terms_on_another_supervised_loss_are_compared_with_that_loss_alone():
+    arms = {
+        "bce": TINY,
+        "both": ARMS["both"],
+        "tversky": dataclasses.replace(TINY, supervised="tversky"),
+        "tversky + both": dataclasses.replace(ARMS["both"], supervised="tversky"),
+        "focal + both": dataclasses.replace(ARMS["both"], supervised="focal"),
+    }
+    question = Question(arms, range(2), tested=True)
+    assert {name: question.baseline(name) for name in arms} == {
+        "bce": None, "both": "bce", "tversky": "bce", "tversky + both": "tversky", "focal + both": "bce",
+    }  # fmt: skip
+    lines = [made_up(name, seed, [k], settings) for k, (name, settings) in enumerate(arms.items()) for seed in (0, 1)]
+    text = summary.answer("x", question, summary._arms(question, lines))
+    named, compared = rows(text), "minus BCE of the same seeds: mean (t interval over seeds; two seeds: each one's)"
+    assert any(name.startswith(compared) for name in named)
+    assert len(named["tversky + both, minus tversky"]) == 1
+    # Metrics and differences.
+    assert [len(named[name]) for name in ("both", "tversky", "focal + both", "tversky + both")] == [2, 2, 2, 1]
 
 
 def test_an_arm_that_ignores_pixels_is_compared_with_bce_that_does():
@@ -241,7 +262,7 @@ def test_an_arm_that_ignores_pixels_is_compared_with_bce_that_does():
         for disc in ("background", "ignored", "ignored by the terms")
         if (name, disc) != ("bce", "ignored by the terms")
     }
-    question = Question(arms, 2, tested=True)
+    question = Question(arms, range(2), tested=True)
     assert {name: question.baseline(name) for name in arms} == {
         "bce, background": None,
         "bce, ignored": "bce, background",
@@ -261,9 +282,9 @@ def test_lines_answer_a_question_with_their_settings_seeds_and_test():
         made_up("both", 1, [6], TINY),
         {**made_up("both", 0, [7], ARMS["both"]), "device": "cuda"},
     ]
-    assert study.runs_of("both", Question(ARMS, 2, tested=True), lines) == [lines[1], lines[2]]
-    assert study.runs_of("both", Question(ARMS, 2, tested=False), lines) == [lines[1], lines[3]]
-    assert study.runs_of("both", Question(ARMS, 2, tested=True, device="cuda"), lines) == [lines[6]]
+    assert study.runs_of("both", Question(ARMS, range(2), tested=True), lines) == [lines[1], lines[2]]
+    assert study.runs_of("both", Question(ARMS, range(2), tested=False), lines) == [lines[1], lines[3]]
+    assert study.runs_of("both", Question(ARMS, range(2), tested=True, device="cuda"), lines) == [lines[6]]
 
 
 def rows(text):
@@ -282,7 +303,7 @@ def test_the_threshold_is_chosen_on_the_fold():
         del part["f1_by_threshold"]
     for part in (flat["test"], flat["curve"][-1]):
         (part["f1_by_threshold"],) = part["f1_by_threshold"]
-    question = Question({"bce": TINY}, 9, tested=True)
+    question = Question({"bce": TINY}, range(9), tested=True)
     found = summary._arms(question, [*runs, unknown, flat])["bce"]
     assert [(run["test"]["threshold"], run["test"]["f1_tuned"]) for run in (found[0], *found[2:])] == [
         (THRESHOLDS[n], n / 100) for n in (3, 7, 8)
@@ -295,7 +316,7 @@ def test_the_threshold_is_chosen_on_the_fold():
 
 def test_small_lesions_and_boundaries_are_compared_at_that_threshold_too():
     runs = [made_up(arm, 3, [5], ARMS[arm]) for arm in ARMS]
-    question = Question(ARMS, 9, tested=True)
+    question = Question(ARMS, range(9), tested=True)
     assert "small-lesion recall, best threshold" not in summary.answer("x", question, summary._arms(question, runs))
     for run, recall in zip(runs, (0.3, 0.45), strict=True):
         run["test"]["tuned"] = {"small_recall": recall, "boundary_f1": 0.1, "photographs": run["test"]["photographs"]}
@@ -307,7 +328,7 @@ def test_small_lesions_and_boundaries_are_compared_at_that_threshold_too():
 def test_each_lesion_has_a_threshold_of_its_own():
     settings = dataclasses.replace(TINY, lesions=("MA", "EX"))
     (found,) = summary._arms(
-        Question({"bce": settings}, 9, tested=True), [made_up("bce", 3, [5], settings, lesions=("MA", "EX"))]
+        Question({"bce": settings}, range(9), tested=True), [made_up("bce", 3, [5], settings, lesions=("MA", "EX"))]
     )["bce"]
     assert found["test"]["threshold"] == pytest.approx(np.mean(THRESHOLDS[3:5]))
     assert found["test"]["f1_tuned"] == pytest.approx(np.mean([0.03, 0.04]))
@@ -361,7 +382,7 @@ def test_the_best_threshold_is_that_of_each_lesion():
 
 @pytest.mark.parametrize("tested", [True, False])
 def test_the_answer_to_a_question_compares_its_runs_and_no_others(tested):
-    question = Question(OTHER, 2, tested)
+    question = Question(OTHER, range(2), tested)
     lines = [
         *(made_up("bce", seed, [2 + seed, 4], TINY, tested) for seed in (0, 1, 2)),
         *(made_up("both", seed, [6, 5], ARMS["both"], tested) for seed in (0, 1)),
@@ -393,7 +414,7 @@ def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():
 
 
 def test_a_question_waits_until_it_has_a_run_of_its_own():
-    questions = {"a": Question({"bce": TINY}, 2, tested=True), "d": Question(ARMS, 3, tested=False)}
+    questions = {"a": Question({"bce": TINY}, range(2), tested=True), "d": Question(ARMS, range(3), tested=False)}
     lines = [made_up("bce", seed, [1]) for seed in (0, 1)]
     for more, waits in (([], True), ([made_up("both", 0, [1], ARMS["both"], tested=False)], False)):
         with pytest.MonkeyPatch.context() as patch:
@@ -410,7 +431,7 @@ def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder
     printed = capsys.readouterr().out
     assert "### Question a: 4 of 4 runs" in printed
     assert "### Question f" not in printed
-    assert "question f (30 runs)" in printed
+    assert "question f (36 runs)" in printed
     document = folder / "results.md"
     document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     assert summary.main([*arguments, "--document", str(document), "--plots", str(folder)]) == 0

@@ -149,7 +149,7 @@ QUESTIONS = {
     "d": Question(_short({**FIRST, **FACTORS}), range(2), tested=False),
     "e": Question(FOUND, range(10), tested=True, device="cuda"),
     "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
-    "f": Question(NETWORKS, range(3), tested=True, device="cuda"),
+    "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),
     "h": Question(OTHER, range(3), tested=True, device="cuda"),

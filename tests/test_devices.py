@@ -219,13 +219,12 @@ def test_many_embeddings_on_cuda_equal_those_on_the_cpu(contrast):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("contrast", CONTRASTS)
-def test_small_losses_on_cuda_keep_their_digits(contrast):
+def test_small_losses_on_cuda_keep_their_digits():
     target = (torch.arange(400) % 7 == 0).float().view(1, 1, 20, 20)
     apart = torch.cat([target, 1 - target], 1)
     features = (apart + 0.02 * torch.rand(1, 2, 20, 20)).requires_grad_()
-    module = PatchDensityContrastLoss(1, contrast=contrast)
-    assert contrast == "sup_con" or module(features, target) < 1e-5
+    module = PatchDensityContrastLoss(1)
+    assert module(features, target) < 1e-5
     assert_cuda_equals_cpu_without_synchronisation(module, module, features, target)
 
 
@@ -259,7 +258,9 @@ def test_without_triton_cuda_gives_the_same(contrast, monkeypatch):
     losses = [term(features.cuda(), target.cuda())]
     monkeypatch.setattr(contrast_module, "_fill_on_cuda", lambda device: contrast_module._filled_by_mask)
     losses.append(term(features.cuda(), target.cuda()))
-    assert_equal_values_and_gradients(*losses, features)
+    torch.testing.assert_close(*losses)
+    (a,), (b,) = (gradients(loss, features) for loss in losses)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
 @pytest.mark.cuda

@@ -107,6 +107,11 @@ ON_PEERS = {
     f"{name} + both, edge / 50, threshold 0.1, ramp": _but(BOTH_RAMP, supervised=name)
     for name in ("dice + bce", "tversky")
 }
+# Their gradients at the features are about ten times BCE's, so that here the term pulls about as hard as they do.
+HARDER: dict[str, Settings] = {}
+for loss in ("dice + bce", "tversky"):
+    HARDER[loss] = PEERS[loss]
+    HARDER[f"{loss} + edge / 5, ramp"] = _but(RAMP, supervised=loss, beta=0.02)
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -149,6 +154,7 @@ QUESTIONS = {
     "d": Question(_short({**FIRST, **FACTORS}), range(2), tested=False),
     "e": Question(FOUND, range(10), tested=True, device="cuda"),
     "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
+    "m": Question(_short(HARDER), range(3), tested=False),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from lesion_scores import by_lesion, metrics
 from scipy import stats
 
@@ -62,17 +63,14 @@ def over_photographs(pairs: Sequence[tuple[Run, Run]], metric: str, *, tuned: bo
     """
     tests = [[run["test"]["tuned"] if tuned else run["test"] for run in pair] for pair in pairs]
     found = [[by_lesion(test["photographs"]) for test in pair] for pair in tests]
-
-    def difference(drawn: Sequence[int]) -> float:
-        values = [[_mean_metric(lesions, drawn, metric) for lesions in pair] for pair in found]
-        return float(np.mean([one - other for one, other in values]))
-
     number = len(found[0][0][0])
-    generator = np.random.default_rng(0)
-    draws = [difference(generator.integers(number, size=number).tolist()) for _ in range(RESAMPLED)]
+    drawn = np.random.default_rng(0).integers(number, size=(RESAMPLED, number))
+    # Once each, then as drawn.
+    times = np.stack([np.bincount(row, minlength=number) for row in (np.arange(number), *drawn)])
+
+    def mean_metric(lesions: Sequence[Sequence[Mapping[str, int]]]) -> npt.NDArray[np.float64]:
+        return np.asarray(np.mean([metrics(photographs, times)[metric] for photographs in lesions], 0))
+
+    mean, *draws = np.mean([mean_metric(one) - mean_metric(other) for one, other in found], 0)
     lower, upper = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Difference(difference(range(number)), (float(lower), float(upper)))
-
-
-def _mean_metric(lesions: Sequence[Sequence[Mapping[str, int]]], drawn: Sequence[int], metric: str) -> float:
-    return float(np.mean([metrics([photographs[i] for i in drawn])[metric] for photographs in lesions]))
+    return Difference(float(mean), (float(lower), float(upper)))

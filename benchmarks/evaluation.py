@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ def lesion_metrics(probabilities: Sequence[Tensor], samples: Sequence[Sample], s
         counts(np.asarray(probability > 0.5), np.asarray(sample.lesion), np.zeros(sample.lesion.shape, bool))
         for probability, sample in zip(probabilities, samples, strict=True)
     ]
-    values = {**metrics(found), "average_precision": scored.average_precision}
-    return {name: values[name] for name in ROWS}  # there is no optic disc
+    values: dict[str, SupportsFloat] = {**metrics(found), "average_precision": scored.average_precision}
+    return {name: float(values[name]) for name in ROWS}  # there is no optic disc
 
 
 def evaluation_table(arms: Mapping[str, Mapping[str, Any]]) -> str:

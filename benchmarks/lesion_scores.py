@@ -8,6 +8,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 Array = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 SMALL = 25  # pixels; a component with fewer is a small lesion
 NEAR = 2  # pixels, Euclidean: how far a predicted boundary may lie from the true one
 THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # of the probability, for f1_by_threshold
@@ -51,7 +52,7 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
 def f1_by_threshold(probability: npt.NDArray[np.float32], lesion: Array) -> list[float]:
     """F1 of one photograph's pixels with a probability above each of THRESHOLDS; both (H, W)."""
     predictions = [probability > threshold for threshold in THRESHOLDS]
-    return [_ratio(2 * int((p & lesion).sum()), int(p.sum() + lesion.sum())) for p in predictions]
+    return [float(_ratio(2 * (p & lesion).sum(), p.sum() + lesion.sum())) for p in predictions]
 
 
 def by_lesion(photographs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, int]]]:
@@ -63,48 +64,56 @@ def by_lesion(photographs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, i
     return list(found.values())
 
 
-def metrics(photographs: Sequence[Mapping[str, int]]) -> dict[str, float]:
+def metrics(photographs: Sequence[Mapping[str, int]], times: npt.ArrayLike | None = None) -> dict[str, Floats]:
     """Metrics of some photographs' counts, 0 to 1 but for disc_fp; a mean is over photographs with a lesion.
 
-    Returns:
+    Args:
+        photographs: N of them.
+        times: (..., N), how often each counts; None for once.
+
+    Returns: (...) each:
         f1, iou: means of each photograph's.
         f1_pixels, iou_pixels: over all pixels together.
         small_recall: share of all small lesions that are found.
         boundary_f1: mean of each photograph's.
         disc_fp: false positive pixels inside the optic disc, per photograph.
     """
-    total = {name: sum(p[name] for p in photographs) for name in photographs[0]}
-    shown = [p for p in photographs if p["tp"] + p["fn"] > 0]
+    weights = np.ones(len(photographs)) if times is None else np.asarray(times, float)
+    each = {name: np.array([p[name] for p in photographs], float) for name in photographs[0]}
+    total = {name: weights @ values for name, values in each.items()}
+    shown = each["tp"] + each["fn"] > 0
+
+    def mean(values: Floats) -> Floats:
+        return _ratio(weights @ (values * shown), weights @ shown)
+
     return {
-        "f1": _mean([_f1(p) for p in shown]),
-        "iou": _mean([_iou(p) for p in shown]),
+        "f1": mean(_f1(each)),
+        "iou": mean(_iou(each)),
         "f1_pixels": _f1(total),
         "iou_pixels": _iou(total),
         "small_recall": _ratio(total["small_found"], total["small"]),
-        "boundary_f1": _mean([_boundary_f1(p) for p in shown]),
-        "disc_fp": total["disc_fp"] / len(photographs),
+        "boundary_f1": mean(_boundary_f1(each)),
+        "disc_fp": total["disc_fp"] / weights.sum(-1),
     }
 
 
-def _f1(p: Mapping[str, int]) -> float:
+def _f1(p: Mapping[str, Floats]) -> Floats:
     return _ratio(2 * p["tp"], 2 * p["tp"] + p["fp"] + p["fn"])
 
 
-def _iou(p: Mapping[str, int]) -> float:
+def _iou(p: Mapping[str, Floats]) -> Floats:
     return _ratio(p["tp"], p["tp"] + p["fp"] + p["fn"])
 
 
-def _boundary_f1(p: Mapping[str, int]) -> float:
+def _boundary_f1(p: Mapping[str, Floats]) -> Floats:
     recall, precision = _ratio(p["edge_near"], p["edge"]), _ratio(p["predicted_edge_near"], p["predicted_edge"])
     return _ratio(2 * precision * recall, precision + recall)
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
+    """0 where the whole is."""
+    part, whole = np.asarray(part, float), np.asarray(whole, float)
+    return np.asarray(np.divide(part, whole, out=np.zeros(whole.shape), where=whole != 0))
 
 
 def _boundary(mask: Array) -> Array:

@@ -187,7 +187,7 @@ def best_thresholds(f1: Sequence[Sequence[float]]) -> list[float]:
 def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Each metric's mean over the lesions."""
     tables = [metrics(photographs) for photographs in by_lesion(found)]
-    return {name: sum(table[name] for table in tables) / len(tables) for name in tables[0]}
+    return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
 
 
 def _probability(model: nn.Module, sample: Sample) -> Tensor:

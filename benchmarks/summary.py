@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("study-settings.png", ["d"], "f1_tuned", "F1 on the validation fold at its best threshold"),
         ):
             rows = {
-                f"{letter}: {arm}": differences
+                f"{letter}: {_compared(QUESTIONS[letter], arm)}": differences
                 for letter in letters
                 for arm, pairs in _pairs(QUESTIONS[letter], found[letter]).items()
                 if (differences := of_each_seed(pairs, metric, tested=QUESTIONS[letter].tested))
@@ -188,10 +188,14 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
             if question.tested:
                 cell += _bootstrap(own, key)
             cells.append(cell)
-        baseline = question.baseline(name) or ""
-        other = "" if question.arms[baseline].supervised == "bce" else f", minus {baseline}"
-        rows.append([name + other, str(len(own)), *cells])
+        rows.append([_compared(question, name), str(len(own)), *cells])
     return aligned(rows)
+
+
+def _compared(question: Question, arm: str) -> str:
+    """The arm, and what it is compared with where that is not BCE."""
+    baseline = question.baseline(arm) or arm
+    return arm if question.arms[baseline].supervised == "bce" else f"{arm}, minus {baseline}"
 
 
 def _bootstrap(pairs: Sequence[tuple[Run, Run]], key: str) -> str:

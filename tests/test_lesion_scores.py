@@ -106,3 +106,12 @@ def test_f1_by_threshold_equals_torchmetrics(seed, share):
         for threshold in THRESHOLDS
     ]
     assert f1_by_threshold(probability, lesion) == pytest.approx(wanted)
+
+
+@given(st.lists(cases(), min_size=1, max_size=4), st.data())
+def test_a_photograph_can_count_several_times(images, data):
+    found = [counts(*image) for image in images]
+    times = data.draw(st.lists(st.integers(0, 3), min_size=len(found), max_size=len(found)).filter(any))
+    wanted = metrics([photograph for photograph, n in zip(found, times, strict=True) for _ in range(n)])
+    for name, got in metrics(found, [times, [1] * len(found)]).items():
+        np.testing.assert_allclose(got, [wanted[name], metrics(found)[name]])

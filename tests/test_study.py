@@ -456,28 +456,28 @@ def test_the_page_shows_the_recorded_runs(capsys):
     root = Path(summary.__file__).parents[1]
     assert capsys.readouterr().out.rstrip() in (root / "docs/results.md").read_text()
     lines = study.read_lines(study.RESULTS)
-    found = {letter: summary._arms(study.QUESTIONS[letter], lines) for letter in "ae"}
+    found = {letter: summary._arms(study.QUESTIONS[letter], lines) for letter in "ak"}
 
-    def counting(letter, runs):
-        return runs[2:] if letter == "e" else runs  # the first two had chosen the arm
+    def mean(arm, metric):
+        return f"{np.mean([run['test'][metric] for run in found['k'][arm]]):.3f}"
 
     def difference(letter, arm, metric):
-        pairs = counting(letter, summary._pairs(study.QUESTIONS[letter], found[letter])[arm])
-        differences = of_each_seed(pairs, metric)
-        mean, interval = over_seeds(differences)
-        return "{:+.3f} ({:+.3f} to {:+.3f}".format(mean, *interval)
+        differences = of_each_seed(summary._pairs(study.QUESTIONS[letter], found[letter])[arm], metric)
+        middle, interval = over_seeds(differences)
+        return "{:+.3f} ({:+.3f} to {:+.3f}".format(middle, *interval), len(differences)
 
-    f1, recall = (
-        np.mean([run["test"][name] for run in counting("e", found["e"]["bce"])])
-        for name in ("f1", "small_recall_tuned")
-    )
+    beside = ("edge, ramp", "dice + bce + edge, ramp", "tversky + edge, ramp")
+    (bce, tens), (dice, _), (tversky, _) = (difference("k", arm, "f1_tuned") for arm in beside)
+    small = [difference("k", arm, "small_recall_tuned")[0] for arm in beside]
     readme = (root / "README.md").read_text()
+    assert tens == 10
     for shown in (
-        f"`weak_edge()` changes F1 per test photograph by {difference('e', 'edge / 50', 'f1_tuned')}, 8 seeds)",
-        f"that it touches, {recall:.3f}, by {difference('e', 'edge / 50', 'small_recall_tuned')})",
-        f"At probability 0.5 it changes F1, {f1:.3f}, by {difference('e', 'edge / 50', 'f1')})",
-        f"`hecl()` changes F1 by {difference('a', 'hecl', 'f1')}, 5 seeds)",
-        f"the paper's weights by {difference('a', 'both', 'f1')}, 5 seeds)",
+        f"{mean('bce', 'f1_tuned')} with BCE, {mean('dice + bce', 'f1_tuned')} with Dice + BCE, "
+        f"{mean('tversky', 'f1_tuned')} with Tversky",
+        f"by {bce}) on BCE, which is no gain, by {dice}) on Dice + BCE and by {tversky}) on Tversky",
+        f"{mean('bce', 'small_recall_tuned')} with BCE, changes by {small[0]}), {small[1]}) and {small[2]})",
+        "`hecl()` changes F1 by {}, {} seeds)".format(*difference("a", "hecl", "f1")),
+        "the paper's weights by {}, {} seeds)".format(*difference("a", "both", "f1")),
     ):
         assert shown in readme
 

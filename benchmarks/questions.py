@@ -112,6 +112,11 @@ HARDER: dict[str, Settings] = {}
 for loss in ("dice + bce", "tversky"):
     HARDER[loss] = PEERS[loss]
     HARDER[f"{loss} + edge / 5, ramp"] = _but(RAMP, supervised=loss, beta=0.02)
+HARDER_TESTED = {
+    "bce": BCE,
+    **HARDER,
+    "dice + bce + edge / 5": _but(HARDER["dice + bce + edge / 5, ramp"], weights="fixed"),
+}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -155,6 +160,7 @@ QUESTIONS = {
     "e": Question(FOUND, range(10), tested=True, device="cuda"),
     "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
     "m": Question(_short(HARDER), range(3), tested=False),
+    "t": Question(HARDER_TESTED, range(20, 30), tested=True, device="cuda"),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

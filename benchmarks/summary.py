@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, letters, metric, label in (
             ("study-differences.png", ["a"], "f1", "F1 on the test photographs at probability 0.5"),
             ("study-tuned.png", tested, "f1_tuned", "F1 on the test photographs at the best threshold of the fold"),
-            ("study-settings.png", ["d"], "f1_tuned", "F1 on the validation fold at its best threshold"),
+            ("study-settings.png", ["d", "m"], "f1_tuned", "F1 on the validation fold at its best threshold"),
         ):
             rows = {
                 f"{letter}: {_compared(QUESTIONS[letter], arm)}": differences

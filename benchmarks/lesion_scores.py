@@ -69,9 +69,10 @@ def metrics(photographs: Sequence[Mapping[str, int]], times: npt.ArrayLike | Non
 
     Args:
         photographs: N of them.
-        times: (..., N), how often each counts; None for once.
+        times: (..., N), how often each counts, one of them at least; None for once.
 
-    Returns: (...) each:
+    Returns:
+        Of shape (...) each:
         f1, iou: means of each photograph's.
         f1_pixels, iou_pixels: over all pixels together.
         small_recall: share of all small lesions that are found.
@@ -111,7 +112,7 @@ def _boundary_f1(p: Mapping[str, Floats]) -> Floats:
 
 
 def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
-    """0 where the whole is."""
+    """Their quotient, 0 where the whole is 0."""
     part, whole = np.asarray(part, float), np.asarray(whole, float)
     return np.asarray(np.divide(part, whole, out=np.zeros(whole.shape), where=whole != 0))
 

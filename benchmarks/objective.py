@@ -103,8 +103,8 @@ class Objective:
             return self.criterion.terms(logits, target)
         features = self.tap.take()
         if self.settings.weights == "ramp":
-            self.criterion.alpha = self.settings.alpha * min(1, 3 * progress)
-            self.criterion.beta = self.settings.beta * min(1, 3 * progress)
+            self.criterion.alpha = self.settings.alpha * rise(progress)
+            self.criterion.beta = self.settings.beta * rise(progress)
         if self.projection is not None:
             features = self.projection(features)
         terms = self.criterion.terms(logits, target, features)
@@ -122,6 +122,11 @@ class Objective:
             if share and norms[name] > 0:
                 total = total + share * self.norms["supervised"] / self.norms[name] * getattr(terms, name)
         return terms._replace(total=total)
+
+
+def rise(progress: float) -> float:
+    """Of a weight that rises over the first third of the training; progress is 0 to 1."""
+    return min(1, 3 * progress)
 
 
 def gradient_norms(terms: LossTerms, inputs: Tensor) -> dict[str, float]:

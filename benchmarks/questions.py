@@ -1,4 +1,4 @@
-"""What the study asks: the arms of each question and how many seeds each gets."""
+"""What the study asks: the arms of each question, and its seeds."""
 
 import dataclasses
 from typing import NamedTuple
@@ -27,12 +27,13 @@ class Question(NamedTuple):
     def baseline(self, arm: str) -> str | None:
         """Name of the arm to compare this one with, None if there is none.
 
-        It has the same lesions, network, size and steps and none of the terms; of such arms it has the same supervised
-        loss or else BCE, and ignores the same pixels or else none.
+        It has the same lesions, network, size and steps and none of the terms; of such arms the one that has the same
+        supervised loss and ignores the same pixels, or else the same loss, or else BCE.
         """
         own = self.arms[arm]
         plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
-        wanted = (_but(plain, supervised=own.supervised, disc=own.disc), _but(plain, disc=own.disc), plain)
+        alike = _but(plain, supervised=own.supervised)
+        wanted = (_but(alike, disc=own.disc), alike, _but(plain, disc=own.disc), plain)
         return next((name for one in wanted for name, other in self.arms.items() if other == one and name != arm), None)
 
 
@@ -42,6 +43,12 @@ def _but(settings: Settings, **changes: object) -> Settings:
 
 def _short(arms: dict[str, Settings]) -> dict[str, Settings]:
     return {f"{name}, short": _but(settings, steps=450) for name, settings in arms.items()}
+
+
+def _in_share(size: int) -> Settings:
+    """The ramp at another size, its patches and bands as large a share of the photograph."""
+    edge = {"patch_size": 16 * size // 712, "inner_radius": 2 * size // 712, "outer_radius": 2 * size // 712}
+    return _but(RAMP, size=size, edge=edge)
 
 
 FIRST = {
@@ -107,11 +114,15 @@ ON_PEERS = {
     f"{name} + both, edge / 50, threshold 0.1, ramp": _but(BOTH_RAMP, supervised=name)
     for name in ("dice + bce", "tversky")
 }
-# Their gradients at the features are about ten times BCE's, so that here the term pulls about as hard as they do.
-HARDER: dict[str, Settings] = {}
-for loss in ("dice + bce", "tversky"):
-    HARDER[loss] = PEERS[loss]
-    HARDER[f"{loss} + edge / 5, ramp"] = _but(RAMP, supervised=loss, beta=0.02)
+# In k edge pulled a tenth as hard as Dice + BCE and an eighth as hard as Tversky, here about as hard as they do.
+HARDER = {
+    name: settings
+    for loss in ("dice + bce", "tversky")
+    for name, settings in (
+        (loss, PEERS[loss]),
+        (f"{loss} + edge / 5, ramp", _but(RAMP, supervised=loss, beta=0.02)),
+    )
+}
 HARDER_TESTED = {
     "bce": BCE,
     **HARDER,
@@ -131,19 +142,15 @@ NETWORKS = {
     for network in ("fpn", "deeplabv3plus")
     for arm, settings in (*FIRST.items(), ("edge, ramp", RAMP))
 }
-
-
-def _in_share(size: int) -> Settings:
-    """The ramp at another size, its patches and bands as large a share of the photograph."""
-    edge = {"patch_size": 16 * size // 712, "inner_radius": 2 * size // 712, "outer_radius": 2 * size // 712}
-    return _but(RAMP, size=size, edge=edge)
-
-
-RESOLUTION: dict[str, Settings] = {}
-for size in (356, 1424):
-    RESOLUTION[f"bce, {size}"] = _but(BCE, size=size)
-    RESOLUTION[f"edge, ramp, {size}"] = _but(RAMP, size=size)
-    RESOLUTION[f"edge, ramp, {size}, patch and bands in share"] = _in_share(size)
+RESOLUTION = {
+    name: settings
+    for size in (356, 1424)
+    for name, settings in (
+        (f"bce, {size}", _but(BCE, size=size)),
+        (f"edge, ramp, {size}", _but(RAMP, size=size)),
+        (f"edge, ramp, {size}, patch and bands in share", _in_share(size)),
+    )
+}
 NATIVE = {"bce, 2848": _but(BCE, size=2848), "edge, ramp, 2848, patch and bands in share": _in_share(2848)}
 OTHER = {
     f"{arm}, {'+'.join(lesions)}": _but(settings, lesions=lesions)

@@ -1,4 +1,4 @@
-"""The plots of the study: validation curves, and differences to BCE with their intervals."""
+"""The plots of the study: validation curves, and differences between arms with their intervals."""
 
 import itertools
 from collections.abc import Mapping, Sequence

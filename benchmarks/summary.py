@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from differences import measured, of_each_seed, over_photographs, over_seeds, paired
 from lesion_scores import THRESHOLDS
+from objective import rise
 from questions import QUESTIONS, Question
 from study import RESULTS, read_lines, runs_of
 from study_plots import write_curves, write_differences
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for arm, pairs in _pairs(QUESTIONS[letter], found[letter]).items()
                 if (differences := of_each_seed(pairs, metric, tested=QUESTIONS[letter].tested))
             }
-            write_differences(options.plots / name, rows, f"{label}, minus BCE of the same seed")
+            label += ",\nminus BCE, or what the row names, of the same seed"
+            write_differences(options.plots / name, rows, label)
     return 0
 
 
@@ -174,7 +176,7 @@ def _metrics(question: Question, arms: Arms) -> str:
 
 
 def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run]]]) -> str:
-    title = "minus BCE of the same seeds: mean (t interval over seeds; two seeds: each one's)"
+    title = "minus BCE, or what the row names, of the same seeds: mean (t interval over seeds; two seeds: each one's)"
     if question.tested:
         title += "; bootstrap over photographs, networks held fixed"
     keys = [key for key in COMPARED if any(of_each_seed(own, key, tested=question.tested) for own in pairs.values())]
@@ -193,9 +195,10 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
 
 
 def _compared(question: Question, arm: str) -> str:
-    """The arm, and what it is compared with where that is not BCE."""
+    """The arm, and what it is compared with where that is not plain BCE."""
     baseline = question.baseline(arm) or arm
-    return arm if question.arms[baseline].supervised == "bce" else f"{arm}, minus {baseline}"
+    other = question.arms[baseline]
+    return arm if (other.supervised, other.disc) == ("bce", "background") else f"{arm}, minus {baseline}"
 
 
 def _bootstrap(pairs: Sequence[tuple[Run, Run]], key: str) -> str:
@@ -212,10 +215,10 @@ def _mechanism(arms: Arms) -> str:
     columns: dict[str, Callable[[Sequence[Run]], str]] = {
         "density active": lambda runs: _mean([100 * run["active"]["density"] for run in runs], "{:.0f} %"),
         "edge active": lambda runs: _mean([100 * run["active"]["edge"] for run in runs], "{:.0f} %"),
-        "density : BCE at the features": lambda runs: _pull(runs, "features", "density"),
-        "edge : BCE at the features": lambda runs: _pull(runs, "features", "edge"),
-        "density : BCE at the first layer": lambda runs: _pull(runs, "first_layer", "density"),
-        "edge : BCE at the first layer": lambda runs: _pull(runs, "first_layer", "edge"),
+        "density : supervised loss at the features": lambda runs: _pull(runs, "features", "density"),
+        "edge : supervised loss at the features": lambda runs: _pull(runs, "features", "edge"),
+        "density : supervised loss at the first layer": lambda runs: _pull(runs, "first_layer", "density"),
+        "edge : supervised loss at the first layer": lambda runs: _pull(runs, "first_layer", "edge"),
         "cosine across contours, before": lambda runs: _cosine(runs, 0),
         "after": lambda runs: _cosine(runs, 1),
         "norm of the features, after": lambda runs: _mean(
@@ -236,9 +239,9 @@ def _pull(runs: Sequence[Run], where: str, part: str) -> str:
     The first is of the steps in which the term is not 0, the second of all; they part where a few steps pull hard.
     """
     norms = [
-        (run["settings"][PARTS[part]] * point[where][part], point[where]["supervised"])
+        (_weight(run["settings"], part, point["step"]) * point[where][part], point[where]["supervised"])
         for run in runs
-        if run["settings"]["weights"] == "fixed"
+        if run["settings"]["weights"] != "share"
         for point in run["gradient_norms"]
     ]
     ratios = [term / supervised for term, supervised in norms if term > 0 and supervised > 0]
@@ -246,6 +249,12 @@ def _pull(runs: Sequence[Run], where: str, part: str) -> str:
         return "-"
     terms, supervised = (statistics.fmean(column) for column in zip(*norms, strict=True))
     return f"{statistics.median(ratios):.3g}; {terms / supervised:.3g}"
+
+
+def _weight(settings: Mapping[str, Any], part: str, step: int) -> float:
+    """Of a term in a step."""
+    weight: float = settings[PARTS[part]]
+    return weight * rise(step / settings["steps"]) if settings["weights"] == "ramp" else weight
 
 
 def _cosine(runs: Sequence[Run], when: int) -> str:

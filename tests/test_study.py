@@ -241,14 +241,16 @@ def test_terms_on_another_supervised_loss_are_compared_with_that_loss_alone():
         "tversky": dataclasses.replace(TINY, supervised="tversky"),
         "tversky + both": dataclasses.replace(ARMS["both"], supervised="tversky"),
         "focal + both": dataclasses.replace(ARMS["both"], supervised="focal"),
+        "tversky + both, no disc": dataclasses.replace(ARMS["both"], supervised="tversky", disc="ignored by the terms"),
     }
     question = Question(arms, range(2), tested=True)
     assert {name: question.baseline(name) for name in arms} == {
         "bce": None, "both": "bce", "tversky": "bce", "tversky + both": "tversky", "focal + both": "bce",
+        "tversky + both, no disc": "tversky",
     }  # fmt: skip
     lines = [made_up(name, seed, [k], settings) for k, (name, settings) in enumerate(arms.items()) for seed in (0, 1)]
     text = summary.answer("x", question, summary._arms(question, lines))
-    named, compared = rows(text), "minus BCE of the same seeds: mean (t interval over seeds; two seeds: each one's)"
+    named, compared = rows(text), "minus BCE, or what the row names, of the same seeds"
     assert any(name.startswith(compared) for name in named)
     assert len(named["tversky + both, minus tversky"]) == 1
     # Metrics and differences.
@@ -409,7 +411,9 @@ def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():
     line["gradient_norms"] = [{"step": n, "features": norm, "first_layer": norm} for n, norm in enumerate(norms)]
     assert summary._pull([line], "features", "density") == f"{0.02 * 5:.3g}; {0.02 * 5 / (2 + 1):.3g}"
     assert summary._pull([line], "features", "edge") == f"{0.1 * (2 + 8) / 2:.3g}; {0.1 * (4 + 8) / (2 + 1):.3g}"
-    line["settings"]["weights"] = "ramp"
+    line["settings"] |= {"weights": "ramp", "steps": 6}  # 0, then half of its weight
+    assert summary._pull([line], "features", "edge") == f"{0.05 * 8:.3g}; {0.05 * 8 / (2 + 1):.3g}"
+    line["settings"]["weights"] = "share"
     assert summary._pull([line], "features", "edge") == "-"
 
 

@@ -260,7 +260,7 @@ def test_without_triton_cuda_gives_the_same(contrast, monkeypatch):
     losses.append(term(features.cuda(), target.cuda()))
     torch.testing.assert_close(*losses)
     (a,), (b,) = (gradients(loss, features) for loss in losses)
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * float(b.abs().max()))
 
 
 @pytest.mark.cuda

@@ -472,11 +472,11 @@ def test_the_page_shows_the_recorded_runs(capsys):
         return "{:+.3f} ({:+.3f} to {:+.3f}".format(middle, *interval), len(differences)
 
     beside = ("edge, ramp", "dice + bce + edge, ramp", "tversky + edge, ramp")
-    (bce, tens), (dice, _), (tversky, _) = (difference("k", arm, "f1_tuned") for arm in beside)
+    (bce, seeds), (dice, _), (tversky, _) = (difference("k", arm, "f1_tuned") for arm in beside)
     fixed, fixed_small = (difference("e", "edge / 50", metric) for metric in ("f1_tuned", "small_recall_tuned"))
     small = [difference("k", arm, "small_recall_tuned")[0] for arm in beside]
     readme = (root / "README.md").read_text()
-    assert tens == 10
+    assert seeds == 10
     for shown in (
         f"{mean('bce', 'f1_tuned')} with BCE, {mean('dice + bce', 'f1_tuned')} with Dice + BCE, "
         f"{mean('tversky', 'f1_tuned')} with Tversky",

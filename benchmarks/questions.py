@@ -123,11 +123,6 @@ HARDER = {
         (f"{loss} + edge / 5, ramp", _but(RAMP, supervised=loss, beta=0.02)),
     )
 }
-HARDER_TESTED = {
-    "bce": BCE,
-    **HARDER,
-    "dice + bce + edge / 5": _but(HARDER["dice + bce + edge / 5, ramp"], weights="fixed"),
-}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -167,7 +162,7 @@ QUESTIONS = {
     "e": Question(FOUND, range(10), tested=True, device="cuda"),
     "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
     "m": Question(_short(HARDER), range(3), tested=False),
-    "t": Question(HARDER_TESTED, range(20, 30), tested=True, device="cuda"),
+    "t": Question(HARDER, range(20, 23), tested=True),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

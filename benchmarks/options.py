@@ -133,8 +133,8 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--alpha", type=_weight, default=0.02, help="weight of the density term (default: %(default)s)")
-    loss.add_argument("--beta", type=_weight, default=0.1, help="weight of the edge term (default: %(default)s)")
+    loss.add_argument("--alpha", type=_weight, default=0.0, help="weight of the density term (default: %(default)s)")
+    loss.add_argument("--beta", type=_weight, default=0.002, help="weight of the edge term (default: %(default)s)")
     loss.add_argument(
         "--patch-size",
         type=whole_number(1),

@@ -83,7 +83,7 @@ def write_picture(
         samples: held-out photographs, of which one is shown.
         predicted: for each of two losses, by name, the (H, W) lesion probabilities of each sample.
         f1: of each loss, over all the samples.
-        criterion: whose patches and contour bands to draw.
+        criterion: whose patches and contour bands to draw, as far as alpha and beta are not 0.
     """
     window = busiest_window(samples, criterion)
     sample = samples[window.sample]
@@ -97,7 +97,7 @@ def write_picture(
         hits = _comparison(window.cut(predicted[name][window.sample]) > 0.5, window.cut(sample.lesion))
         _show(panel, hits, f"{name}: held-out F1 {f1[name]:.3f}")
     _show_contrasts(axes[5], sample, window, criterion)
-    figure.legend(handles=_key(), loc="outside lower center", ncols=6, fontsize=12, frameon=False)
+    figure.legend(handles=_key(criterion), loc="outside lower center", ncols=6, fontsize=12, frameon=False)
     figure.savefig(path)
 
 
@@ -110,17 +110,15 @@ def _show_whole(panel: Axes, sample: Sample, window: Window) -> None:
 def _show_contrasts(panel: Axes, sample: Sample, window: Window, criterion: CombinedExudateLoss) -> None:
     edge, lesion = criterion.edge, sample.lesion
     canvas = _photograph(window.cut(sample.image)) * 0.65
-    for contour, radius, colour in (
-        (inner_contour, edge.inner_radius, INNER),
-        (outer_contour, edge.outer_radius, OUTER),
-    ):
+    bands = (inner_contour, edge.inner_radius, INNER), (outer_contour, edge.outer_radius, OUTER)
+    for contour, radius, colour in bands if criterion.beta else ():
         if not isinstance(radius, int):
             raise ValueError(f"criterion.edge must have one radius for all patches to be drawn, got {radius}")
         band = contour(lesion[None], ~lesion[None], radius, edge.footprint)[0]
         canvas[window.cut(band).numpy()] = _rgb(colour)
     _show(panel, canvas, "What the contrast compares")
     dense, (height, width) = dense_patches(lesion, criterion)
-    for row, column in dense.nonzero().tolist():
+    for row, column in dense.nonzero().tolist() if criterion.alpha else ():
         corner = column * width - window.left - 0.5, row * height - window.top - 0.5
         panel.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=DENSE, linewidth=2))
     panel.set(xlim=(-0.5, window.width - 0.5), ylim=(window.height - 0.5, -0.5))
@@ -132,13 +130,14 @@ def _show(panel: Axes, picture: npt.NDArray[np.generic], title: str) -> None:
     panel.set(xticks=[], yticks=[])
 
 
-def _key() -> list[Patch]:
-    bands = {"inner band": INNER, "outer band": OUTER}
+def _key(criterion: CombinedExudateLoss) -> list[Patch]:
     predictions = {"lesion, found": HIT, "lesion, missed": MISSED, "found, no lesion": FALSE}
+    bands = {"inner band": INNER, "outer band": OUTER} if criterion.beta else {}
     filled = [
         Patch(facecolor=colour, edgecolor="black", label=label) for label, colour in (predictions | bands).items()
     ]
-    return [*filled, Patch(fill=False, edgecolor=DENSE, linewidth=2, label="dense patch")]
+    dense = Patch(fill=False, edgecolor=DENSE, linewidth=2, label="dense patch")
+    return [*filled, dense] if criterion.alpha else filled
 
 
 def _comparison(found: Tensor, lesion: Tensor) -> npt.NDArray[np.float32]:

@@ -1,10 +1,12 @@
 """What the contrastive terms change: one small U-Net trained with plain BCE and with CombinedExudateLoss.
 
 Both begin with the same weights and see the same crops in the same order.
+Unless --alpha and --beta say otherwise, the weights are those of CombinedExudateLoss.weak_edge().
 Without --data the photographs are drawn (synthetic.py); with it they are IDRiD's (idrid.py).
 Prints a table, and writes one PNG and, if asked, the figures as JSON.
 
     python benchmarks/train.py
+    python benchmarks/train.py --alpha 0.02 --beta 0.1  # the paper's weights
     python benchmarks/train.py --data "A. Segmentation" --lesion EX --json figures.json
     torchrun --nproc-per-node 2 benchmarks/train.py --norm group
     python benchmarks/train.py --data "A. Segmentation" --save networks.pt

@@ -18,6 +18,10 @@ def empty(height, width):
     return torch.zeros(height, width, dtype=torch.bool)
 
 
+def rgb(colour):
+    return tuple(round(255 * channel) for channel in picture._rgb(colour))
+
+
 @pytest.mark.parametrize("size", [(64, 64), (50, 41)])
 def test_dense_patches_are_those_more_than_half_lesion(size):
     lesion = torch.rand(size, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, size[1])
@@ -62,9 +66,26 @@ def test_the_picture_is_a_png_that_shows_bands_and_errors(tmp_path, size, with_l
     # A legend's field has fewer pixels.
     many = {tuple(colour) for colour, count in zip(colours.tolist(), counts, strict=True) if count > 1000}
     for colour in (picture.MISSED, picture.INNER, picture.OUTER):
-        rgb = tuple(round(255 * channel) for channel in picture._rgb(colour))
-        assert (rgb in many) == with_lesion
-    assert tuple(round(255 * channel) for channel in picture._rgb(picture.FALSE)) in many
+        assert (rgb(colour) in many) == with_lesion
+    assert rgb(picture.FALSE) in many
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (1.0, 0.0), (1.0, 1.0)])
+def test_only_what_has_a_weight_is_drawn(tmp_path, alpha, beta):
+    lesion = empty(64, 64)
+    lesion[8:40, 8:40] = True
+    predicted = {"one": [lesion.float()], "other": [lesion.float()]}
+    picture.write_picture(
+        tmp_path / "drawn.png",
+        [sample_of(lesion)],
+        predicted,
+        {"one": 1.0, "other": 1.0},
+        CombinedExudateLoss(alpha, beta),
+    )
+    with Image.open(tmp_path / "drawn.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
+    for colour, weight in ((picture.DENSE, alpha), (picture.INNER, beta), (picture.OUTER, beta)):
+        assert (rgb(colour) in colours) == bool(weight)
 
 
 def test_a_picture_of_radii_by_density_is_refused(tmp_path):

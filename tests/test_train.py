@@ -16,6 +16,8 @@ import train
 from PIL import Image
 from test_idrid import SQUARE, mask_image, write_split
 
+from contrastive_exudate_loss import CombinedExudateLoss
+
 SMALL = ["--steps", "12", "--batch", "2", "--crop", "64", "--device", "cpu"]
 
 
@@ -93,6 +95,11 @@ def test_the_criterion_is_made_of_the_loss_options():
     criterion = train._contrastive(given)
     assert (criterion.alpha, criterion.beta) == (0.3, 0.7)
     assert (criterion.density.patch_size, criterion.edge.patch_size) == (5, 5)
+
+
+def test_the_weights_are_those_of_the_weak_edge_unless_given():
+    criterion, weak = train._contrastive(options.parsed([], "")), CombinedExudateLoss.weak_edge()
+    assert (criterion.alpha, criterion.beta) == (weak.alpha, weak.beta)
 
 
 def test_the_seed_chooses_the_crops():

@@ -151,20 +151,23 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
     if settings.hecl:
         criterion = CombinedExudateLoss.hecl(supervised=supervised, ignore_index=ignore_index)
         criterion.alpha, criterion.beta = settings.alpha, settings.beta
-        return criterion
-    density = (
-        OtherPairsLoss(**settings.density)
-        if "pairs" in settings.density
-        else PatchDensityContrastLoss(ignore_index=ignore_index, **settings.density)
-    )
-    return CombinedExudateLoss(
-        settings.alpha,
-        settings.beta,
-        supervised=supervised,
-        density=density,
-        edge=PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge),
-        ignore_index=ignore_index,
-    )
+    else:
+        density = (
+            OtherPairsLoss(**settings.density)
+            if "pairs" in settings.density
+            else PatchDensityContrastLoss(ignore_index=ignore_index, **settings.density)
+        )
+        criterion = CombinedExudateLoss(
+            settings.alpha,
+            settings.beta,
+            supervised=supervised,
+            density=density,
+            edge=PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge),
+            ignore_index=ignore_index,
+        )
+    if settings.disc == "ignored by the terms":
+        criterion.ignore_index = None
+    return criterion
 
 
 def _with_background_for_ignored(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

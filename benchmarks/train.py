@@ -81,6 +81,7 @@ def _compared(options: argparse.Namespace) -> int:
     if rank():
         return 0
     print(table(arms, data))
+    print(f"{ARMS[1]}: alpha {options.alpha:g}, beta {options.beta:g}; {options.steps} steps")
     f1 = {name: arm.scores.f1 for name, arm in arms.items()}
     write_picture(options.output, data.held_out, predicted, f1, _contrastive(options))
     print(f"picture: {options.output}")

@@ -84,14 +84,14 @@ def check_ignore_index(value: object) -> None:
 
 def check_target(target: Tensor) -> None:
     """Raise unless target is a (B, K, H, W) real tensor without an empty axis; its values are checked elsewhere."""
-    _check_images("target", target, "(B, K, H, W)", "add the class axis with target.unsqueeze(1)")
+    _check_images("target", target, "(B, K, H, W)", _other_axes("target", target))
     if target.is_complex():
         raise TypeError(f"target must be bool, integer or floating, got {target.dtype}")
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:
     """Raise unless logits is floating and of the shape and device of the (checked) target."""
-    _check_images("logits", logits, "(B, K, H, W)", "add the class axis with logits.unsqueeze(1)")
+    _check_images("logits", logits, "(B, K, H, W)", _other_axes("logits", logits))
     _check_floating("logits", logits)
     _check_device("logits", logits, target)
     if logits.shape != target.shape:
@@ -159,6 +159,17 @@ def _check_images(name: str, value: object, axes: str, remedy: str) -> None:
         raise ValueError(f"{name} must be {axes}, got {tuple(value.shape)}; {remedy}")
     if value.numel() == 0:
         raise ValueError(f"{name} must be {axes} with no axis of length 0, got {tuple(value.shape)}")
+
+
+def _other_axes(name: str, value: object) -> str:
+    """What to do with a value that has not four axes."""
+    axes = value.dim() if isinstance(value, Tensor) else 0
+    if axes == 2:
+        return f"add the batch and the class axis with {name}[None, None]"
+    if axes == 3:
+        several = "; an index mask becomes a channel for each lesion by torch.nn.functional.one_hot"
+        return f"add the class axis with {name}.unsqueeze(1)" + (several if name == "target" else "")
+    return "give images, of volumes their slices"
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

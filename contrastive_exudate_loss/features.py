@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,9 @@ class FeatureTap:
         self._taken = False
         self._running = False
         self._runs = 0
+        self._size: tuple[int, ...] | None = None  # of the model's logits, in pixels
+        self._maker: Node | None = None  # of the output of a layer that the tap chose
+        self._chose = layer is None
         self._seen: _Seen = {}
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._begin)),
@@ -85,8 +89,8 @@ class FeatureTap:
         if self._features is None:
             raise RuntimeError(
                 "the tap has no features: its model has not run as model(images) since it was tapped, or not with "
-                "gradients, or only compiled; run one eager forward pass with gradients first, or give "
-                "FeatureTap(model, layer=...)"
+                "gradients, or only compiled, or in a reentrant checkpoint; run one eager forward pass with gradients "
+                "first, or give FeatureTap(model, layer=...), and to a checkpoint use_reentrant=False"
             )
         if self._runs > 1:
             raise RuntimeError(
@@ -98,20 +102,21 @@ class FeatureTap:
     def take(self) -> Tensor:
         """The features, which the tap no longer keeps afterwards."""
         features = self.features
-        self._features, self._taken = None, True
+        self.drop()
         return features
 
     def drop(self) -> None:
         """Let the features go, if there are any: a criterion had no use for them."""
         self._taken = self._taken or self._features is not None
-        self._features = None
+        self._features = self._maker = None
 
     def close(self) -> None:
         """Remove the hooks and drop the features: the model is as it was."""
         for handle in (*self._handles, *self._watchers.values()):
             handle.remove()
         self._handles, self._watchers = [], {}
-        self._features, self._closed = None, True
+        self._features = self._maker = None
+        self._closed = True
         self._seen.clear()
 
     def __enter__(self) -> "FeatureTap":
@@ -127,22 +132,27 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped: dict[str, Any] = {"_features": None, "_handles": [], "_watchers": {}, "_seen": {}, "_closed": True}
-        return self.__dict__ | untapped
+        untapped = dict.fromkeys(("_features", "_maker")) | {"_handles": [], "_watchers": {}, "_seen": {}}
+        return self.__dict__ | untapped | {"_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features, self._taken, self._running, self._runs = None, False, True, 0
+        self._features = self._maker = self._size = None
+        self._taken, self._running, self._runs = False, True, 0
         self._seen.clear()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if _recomputing():
             return
         self._running = False
-        if self._watchers and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        with contextlib.suppress(ValueError):  # of a model whose layer was given the output may be anything
+            self._size = tuple(_main_logits(output).shape[2:])
+        if self._watchers and torch.is_grad_enabled():
             try:
                 self._choose(model, output)
             except ValueError:
@@ -193,6 +203,7 @@ class FeatureTap:
         self._watchers = {}
         self._keep_input_of(name, module)
         self._features = _channels_second(module, features)
+        self._maker = next(node for node, seen in self._seen.items() if seen[1] is module and seen[2] is features)
         self._runs = sum(module is other for _, other, _ in self._seen.values())
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
@@ -209,17 +220,42 @@ class FeatureTap:
                 f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; choose another"
             )
         self._features = _channels_second(layer, given)
+        if self._chose and isinstance(output, Tensor) and not torch.compiler.is_compiling():
+            self._maker = output.grad_fn
         self._runs = self._runs + 1 if self._running else 1
 
 
-def of_one_pass(logits: Tensor, features: Tensor) -> bool:
-    """Whether both have been computed in one forward pass, as far as their autograd graphs tell."""
-    made, used = logits.grad_fn, features.grad_fn
-    if made is None or used is None or used in _behind(made):
-        return True
+def check_origin(tap: FeatureTap, logits: Tensor) -> None:
+    """Raise unless the tap's features are those behind the logits, as far as size and autograd graph tell."""
+    made, used = logits.grad_fn, tap.features.grad_fn
+    if made is None or used is None:
+        return
+    between = list(itertools.takewhile(lambda node: node is not used, _behind(made)))
+    whole, part = tap._size or (), logits.shape[2:]
+    smaller = len(whole) == 2 and (part[0] < whole[0] or part[1] < whole[1])
+    if smaller and any(_cuts(node) for node in between):
+        raise ValueError(
+            f"logits must be all {tuple(whole)} pixels that the tapped model gave, which its features are of, got "
+            f"{tuple(part)}; where images are padded, pad the target too, with ignore_index, and cut nothing off, or "
+            "give the criterion features cut alike"
+        )
     # Of a compiled model's features the last node may be a view that the logits know nothing of.
-    others = set(_behind(used))
-    return any(node in others for node in _behind(made))
+    if used not in _behind(made) and set(_behind(used)).isdisjoint(between):
+        raise ValueError(
+            f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
+            "call the criterion before the next pass, or give it features yourself"
+        )
+    if tap._maker is not None and tap._maker not in _behind(made):
+        raise ValueError(
+            f"logits must be the main ones of the model, which the layer of {tap} makes, got others; give "
+            "FeatureTap(model, layer=NAME) the layer that makes these"
+        )
+
+
+def _cuts(node: Node) -> bool:
+    """Whether a node may cut rows or columns off."""
+    channels_at_most = getattr(node, "_saved_dim", 2) < 2
+    return node.name().startswith(("SliceBackward", "ConstantPadNdBackward")) and not channels_at_most
 
 
 def _behind(start: Node) -> Iterator[Node]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss.contrast import CONTRASTS, best_of_each_label, contrast_loss
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap, of_one_pass
+from contrastive_exudate_loss.features import FeatureTap, check_origin
 from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer_contour
 from contrastive_exudate_loss.patches import (
     at_pixels,
@@ -33,9 +34,29 @@ class _MaskLoss(nn.Module):
 
     def __init__(self, ignore_index: int | None) -> None:
         super().__init__()
-        _checks.check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self._values_checked = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An option that is set later is checked like one that is given."""
+        before: Any = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if vars(self).get("_complete") and not name.startswith("_"):
+            try:
+                self._check_options()
+            except (TypeError, ValueError):
+                super().__delattr__(name)  # a module lies elsewhere than what it displaced
+                super().__setattr__(name, before)
+                raise
+
+    def _completed(self) -> None:
+        """Check the options, now at the end of a constructor, and from now on."""
+        self._check_options()
+        self._complete = True
+
+    def _check_options(self) -> None:
+        """Raise unless the options as they stand make sense, each by itself and together."""
+        _checks.check_ignore_index(self.ignore_index)
 
     def _check_values(self, target: Tensor) -> bool:
         """Check the target's values: on the CPU every time, elsewhere (it waits for the device) the first time.
@@ -68,17 +89,6 @@ class _PatchContrastLoss(_MaskLoss):
         gather_distributed: bool,
     ) -> None:
         super().__init__(ignore_index)
-        if patch_size is not None and num_patches is not None:
-            raise ValueError(f"give patch_size or num_patches, not both, got {patch_size!r} and {num_patches!r}")
-        if patch_size is not None:
-            _checks.check_integer("patch_size", patch_size, 1)
-        if num_patches is not None:
-            _checks.check_integer("num_patches", num_patches, 1)
-        _checks.check_number("temperature", temperature, 1e-3)
-        _checks.check_choice("contrast", contrast, CONTRASTS)
-        if max_patches is not None:
-            _checks.check_integer("max_patches", max_patches, 2)
-        _checks.check_flag("gather_distributed", gather_distributed)
         self.patch_size = 16 if patch_size is None and num_patches is None else patch_size
         self.num_patches = num_patches
         self.temperature = temperature
@@ -97,6 +107,22 @@ class _PatchContrastLoss(_MaskLoss):
     def extra_repr(self) -> str:
         options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if (self.patch_size is None) == (self.num_patches is None):
+            raise ValueError(
+                f"give patch_size or num_patches, not both, got {self.patch_size!r} and {self.num_patches!r}"
+            )
+        if self.patch_size is not None:
+            _checks.check_integer("patch_size", self.patch_size, 1)
+        if self.num_patches is not None:
+            _checks.check_integer("num_patches", self.num_patches, 1)
+        _checks.check_number("temperature", self.temperature, 1e-3)
+        _checks.check_choice("contrast", self.contrast, CONTRASTS)
+        if self.max_patches is not None:
+            _checks.check_integer("max_patches", self.max_patches, 2)
+        _checks.check_flag("gather_distributed", self.gather_distributed)
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
         """The masks to pool, (B, T, H, W) bool, and, where labels come of them, the patches' lesion fractions."""
@@ -219,15 +245,19 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index, gather_distributed)
-        _checks.check_number("threshold", threshold, 0, below=1)
-        if isinstance(select, str):
-            _checks.check_choice("select", select, ("all",))
-        else:
-            _checks.check_integer("select", select, 2)
-            if max_patches is not None:
-                raise ValueError(f"give select or max_patches, not both, got {select} and {max_patches}")
         self.threshold = threshold
         self.select = select
+        self._completed()
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        _checks.check_number("threshold", self.threshold, 0, below=1)
+        if isinstance(self.select, str):
+            _checks.check_choice("select", self.select, ("all",))
+        else:
+            _checks.check_integer("select", self.select, 2)
+            if self.max_patches is not None:
+                raise ValueError(f"give select or max_patches, not both, got {self.select} and {self.max_patches}")
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
         valid, fraction = _opaque(_density_masks, target)(target, self._sides(target), self.ignore_index)
@@ -316,19 +346,24 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index, gather_distributed)
-        if density_threshold is not None:
-            _checks.check_number("density_threshold", density_threshold, 0, below=1)
-        _checks.check_radius("inner_radius", inner_radius, pairs=density_threshold is not None)
-        _checks.check_radius("outer_radius", outer_radius, pairs=density_threshold is not None)
-        _checks.check_choice("footprint", footprint, FOOTPRINTS)
-        _checks.check_flag("isolate_patches", isolate_patches)
-        _checks.check_choice("scope", scope, ("patch", "image"))
         self.inner_radius = inner_radius
         self.outer_radius = outer_radius
         self.footprint = footprint
         self.isolate_patches = isolate_patches
         self.scope = scope
         self.density_threshold = density_threshold
+        self._completed()
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        by_density = self.density_threshold is not None
+        if by_density:
+            _checks.check_number("density_threshold", self.density_threshold, 0, below=1)
+        _checks.check_radius("inner_radius", self.inner_radius, pairs=by_density)
+        _checks.check_radius("outer_radius", self.outer_radius, pairs=by_density)
+        _checks.check_choice("footprint", self.footprint, FOOTPRINTS)
+        _checks.check_flag("isolate_patches", self.isolate_patches)
+        _checks.check_choice("scope", self.scope, ("patch", "image"))
 
     def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
         radii = [[r, r] if isinstance(r, int) else list(r) for r in (self.inner_radius, self.outer_radius)]
@@ -362,11 +397,14 @@ class CombinedExudateLoss(_MaskLoss):
 
         total = supervised + alpha density + beta edge
 
+    The weights are the paper's unless given; on IDRiD they lowered F1 (docs/results.md), where weak_edge() did not.
+
     Args:
         alpha: weight of the density term, finite and >= 0; 0 skips its work. May be set between steps.
         beta: weight of the edge term, likewise.
         supervised: called as supervised(logits, target), gives a scalar; None is binary cross-entropy with logits,
-            the mean over valid pixels. It gets the target as it is, ignored values too.
+            the mean over valid pixels. It gets the target as it is, ignored values too; that it learns from ignored
+            pixels is warned of at the first of them (on CUDA in the first batch alone).
         density: None is PatchDensityContrastLoss(ignore_index=ignore_index).
         edge: None is PatchEdgeContrastLoss(ignore_index=ignore_index).
         ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
@@ -418,19 +456,24 @@ class CombinedExudateLoss(_MaskLoss):
             _checks.check_number(name, weight, 0)  # before nn.Module takes a module given by mistake for a part
         self.alpha = alpha
         self.beta = beta
-        if supervised is not None and (isinstance(supervised, type) or not callable(supervised)):
-            raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
-        if features is not None and not isinstance(features, FeatureTap):
-            raise TypeError(
-                f"features must be None or a FeatureTap, got {type(features).__name__}; give a tensor of features to "
-                "each call instead"
-            )
         self.supervised = supervised
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
         self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
         self.tap = features
-        _checks.check_part("density", self.density, PatchDensityContrastLoss, ignore_index)
-        _checks.check_part("edge", self.edge, PatchEdgeContrastLoss, ignore_index)
+        self._completed()
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        supervised, tap = self.supervised, self.tap
+        if supervised is not None and (isinstance(supervised, type) or not callable(supervised)):
+            raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
+        if tap is not None and not isinstance(tap, FeatureTap):
+            raise TypeError(
+                f"features must be None or a FeatureTap, got {type(tap).__name__}; give a tensor of features to each "
+                "call instead"
+            )
+        _checks.check_part("density", self.density, PatchDensityContrastLoss, self.ignore_index)
+        _checks.check_part("edge", self.edge, PatchEdgeContrastLoss, self.ignore_index)
 
     @classmethod
     def hecl(
@@ -580,8 +623,31 @@ class CombinedExudateLoss(_MaskLoss):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
         if loss.dim():
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
+        self._try_at_ignored(self.supervised, logits, target)
         loss = _plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _try_at_ignored(self, supervised: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> None:
+        """Warn of a gradient at ignored pixels: at the first that are trained on, off the CPU in the first batch."""
+        if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, self.ignore_index)):
+            return
+        if torch.compiler.is_compiling() or target.is_meta or self._values_checked or self._would_wait(target):
+            return
+        ignored = ~_lesion_and_valid(_plain(target), self.ignore_index)[1]
+        present = bool(ignored.any())
+        self._values_checked = present or not target.is_cpu
+        if not present:
+            return
+        trial = logits.detach().requires_grad_()
+        loss = supervised(trial, target)
+        (gradient,) = torch.autograd.grad(loss, trial, allow_unused=True) if loss.requires_grad else (None,)
+        if gradient is not None and bool(_plain(gradient)[ignored].any()):
+            warnings.warn(
+                f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), which it takes for "
+                "labels; tell it the value, often by ignore_index=, or, if it is to learn from these pixels, give "
+                "ignore_index to density and edge alone",
+                stacklevel=2,
+            )
 
     def _contrasts(self, features: Tensor, target: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         density, edge = self.density, self.edge
@@ -617,20 +683,18 @@ def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
     if not used:
         tap.drop()
         return None
-    features = tap.take()
+    features = tap.features
     if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
         raise ValueError(
-            f"features from the tap must require a gradient like logits, got features without from {tap}; a "
-            "checkpointed layer needs torch.utils.checkpoint(..., use_reentrant=False); where all before the last "
-            "layer is frozen the terms can train nothing: set alpha = beta = 0; where this is not the layer that makes "
-            "the logits, give FeatureTap(model, layer=NAME)"
+            f"features from the tap must require a gradient like logits, got features without from {tap}; where the "
+            "model has run again without gradients, call the criterion before that; a checkpointed layer needs "
+            "torch.utils.checkpoint(..., use_reentrant=False); where all before the last layer is frozen the terms can "
+            "train nothing: set alpha = beta = 0; where this is not the layer that makes the logits, give "
+            "FeatureTap(model, layer=NAME)"
         )
-    if not torch.compiler.is_compiling() and not of_one_pass(logits, features):
-        raise ValueError(
-            f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
-            "call the criterion before the next pass, or give it features yourself"
-        )
-    return features
+    if not torch.compiler.is_compiling():
+        check_origin(tap, logits)
+    return tap.take()
 
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None, known: bool) -> Tensor:

@@ -108,7 +108,9 @@ TENSORS = [
     ("features", FEATURES.numpy(), TypeError, "features must be a (B, C, h, w) torch.Tensor, got ndarray"),
     ("features", FEATURES.to_sparse(), TypeError, "features must be a dense (B, C, h, w) tensor"),
     ("target", torch.zeros(2, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 16, 16); add the class axis"),
-    ("target", torch.zeros(2, 1, 1, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 1, 1, 16, 16)"),
+    ("target", torch.zeros(2, 16, 16), ValueError, "an index mask becomes a channel for each lesion"),
+    ("target", torch.zeros(16, 16), ValueError, "got (16, 16); add the batch and the class axis with target[None, None]"),
+    ("target", torch.zeros(2, 1, 1, 16, 16), ValueError, "target must be (B, K, H, W), got (2, 1, 1, 16, 16); give images, of volumes their slices"),
     ("target", torch.zeros(2, 0, 16, 16), ValueError, "target must be (B, K, H, W) with no axis of length 0"),
     ("target", torch.zeros(2, 1, 16, 16, dtype=torch.complex64), TypeError, "target must be bool, integer or floating"),
     ("target", [[0, 1]], TypeError, "target must be a (B, K, H, W) torch.Tensor, got list"),
@@ -203,6 +205,47 @@ def test_weights_are_checked_when_set(name):
     criterion = Combined()
     with pytest.raises(ValueError, match=f"{name} must be a number >= 0 and finite in float32, got -1"):
         setattr(criterion, name, -1)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "text"),
+    [
+        ("edge", "inner_radius", 0, "inner_radius must be an int >= 1, got 0"),
+        ("edge", "outer_radius", (1, 2), "unless density_threshold is given, got the pair (1, 2)"),
+        ("edge", "scope", "foo", "scope must be 'patch' or 'image', got 'foo'"),
+        ("edge", "temperature", 0, "temperature must be a number >= 0.001"),
+        ("edge", "ignore_index", 1, "ignore_index must be neither 0 (background) nor 1 (lesion), got 1"),
+        ("density", "patch_size", 0, "patch_size must be an int >= 1, got 0"),
+        ("density", "patch_size", None, "give patch_size or num_patches, not both, got None and None"),
+        ("density", "num_patches", 5, "give patch_size or num_patches, not both, got 16 and 5"),
+        ("density", "max_patches", 1, "max_patches must be an int >= 2, got 1"),
+        ("density", "select", 1, "select must be an int >= 2, got 1"),
+        (None, "edge", None, "edge must be None or a PatchEdgeContrastLoss, got NoneType"),
+        (None, "density", Edge(), "density must be None or a PatchDensityContrastLoss, got PatchEdgeContrastLoss"),
+        (None, "supervised", 3, "supervised must be None or callable as (logits, target), got 3"),
+        (None, "tap", torch.nn.Conv2d(2, 2, 1), "features must be None or a FeatureTap, got Conv2d"),
+        (None, "ignore_index", 255, "density must have ignore_index=255 like the criterion, got None"),
+    ],
+)
+def test_options_are_checked_when_set_and_stay_as_they_were(part, name, value, text):
+    criterion = Combined()
+    owner = criterion if part is None else getattr(criterion, part)
+    before = getattr(owner, name)
+    with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+        setattr(owner, name, value)
+    assert getattr(owner, name) is before
+    assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined()(LOGITS, MASK, FEATURES))
+
+
+def test_options_that_make_sense_can_be_set():
+    criterion = Combined()
+    criterion.edge.inner_radius = 4
+    criterion.edge = Edge(outer_radius=3)
+    criterion.edge.scope = "image"
+    criterion.density.ignore_index = criterion.edge.ignore_index = criterion.ignore_index = -1
+    wanted = Combined(edge=Edge(outer_radius=3, scope="image", ignore_index=-1), ignore_index=-1)
+    assert repr(criterion) == repr(wanted)
+    assert torch.equal(criterion(LOGITS, MASK, FEATURES), wanted(LOGITS, MASK, FEATURES))
 
 
 def test_each_part_checks_by_its_own_ignore_index():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.losses import DiceLoss
 from strategies import features_for, masks
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from contrastive_exudate_loss import (
     CombinedExudateLoss,
@@ -19,6 +20,12 @@ from contrastive_exudate_loss import (
     losses,
 )
 from contrastive_exudate_loss.pooling import masked_sums
+
+WEIGHT = torch.nn.Parameter(torch.ones(3))
+
+
+def squares_of_valid(logits, target):
+    return logits[target != -1].square().mean()
 
 
 @given(data=st.data())
@@ -67,13 +74,13 @@ def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criteri
     logits, target, features = batch()
     target[:, :, :, -4:] = -1
     tap = FeatureTap(torch.nn.Conv2d(4, 1, 1))
-    criterion = Mine.weak_edge(supervised=lambda logits, target: logits.square().mean(), ignore_index=-1, features=tap)
+    criterion = Mine.weak_edge(supervised=squares_of_valid, ignore_index=-1, features=tap)
     assert type(criterion) is Mine
     assert criterion.tap is tap
     terms = criterion.terms(logits, target, features)
     assert terms.density == 0
     assert torch.equal(terms.edge, PatchEdgeContrastLoss(ignore_index=-1)(features, target))
-    torch.testing.assert_close(terms.total, logits.square().mean() + 0.002 * terms.edge)
+    torch.testing.assert_close(terms.total, squares_of_valid(logits, target) + 0.002 * terms.edge)
 
 
 @pytest.mark.parametrize(("edge_side", "poolings"), [(16, 1), (8, 2)])
@@ -124,15 +131,45 @@ def test_another_supervised_loss(supervised):
 
 def test_supervised_gets_the_target_as_it_is():
     logits, target, features = batch()
-    target[:, :, :4] = 255
+    target[:, :, :4] = -1
     seen = []
 
     def supervised(logits, target):
         seen.append(target)
-        return logits.mean()
+        return squares_of_valid(logits, target)
 
-    CombinedExudateLoss(supervised=supervised, ignore_index=255)(logits, target, features)
+    CombinedExudateLoss(supervised=supervised, ignore_index=-1)(logits, target, features)
     assert seen[0] is target
+
+
+def test_a_supervised_loss_that_learns_from_ignored_pixels_is_warned_of_once():
+    logits, target, features = batch()
+    criterion = CombinedExudateLoss(supervised=binary_cross_entropy_with_logits, ignore_index=-1)
+    criterion(logits, target, features)  # nothing is ignored yet
+    target[0, 0, 3, 5] = -1
+    with torch.no_grad():
+        criterion(logits, target, features)  # nothing is learnt
+    with pytest.warns(UserWarning, match=r"supervised has a gradient at ignored pixels \(target == -1\)"):
+        first = criterion(logits, target, features)
+    torch.testing.assert_close(criterion(logits, target, features), first)
+
+
+@pytest.mark.parametrize("supervised", [squares_of_valid, lambda *_: torch.zeros(()), lambda *_: WEIGHT.sum()])
+def test_a_supervised_loss_that_does_not_is_not(supervised):
+    logits, target, features = batch()
+    target[0, 0, 3, 5] = -1
+    CombinedExudateLoss(supervised=supervised, ignore_index=-1)(logits, target, features)
+
+
+def test_pixels_that_the_terms_alone_ignore_may_be_learnt_from():
+    logits, target, features = batch()
+    target[0, 0, 3, 5] = -1
+    parts = {"density": PatchDensityContrastLoss(ignore_index=-1), "edge": PatchEdgeContrastLoss(ignore_index=-1)}
+
+    def as_background(logits, target):
+        return binary_cross_entropy_with_logits(logits, target.clamp(min=0))
+
+    assert CombinedExudateLoss(supervised=as_background, **parts)(logits, target, features).isfinite()
 
 
 def test_a_half_precision_supervised_loss_is_made_float32():

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import weakref
 
 import pytest
@@ -290,6 +291,49 @@ def test_logits_of_an_older_pass_are_refused(outcome, layer):
     with pytest.raises(ValueError, match=r"logits must come from the model's last forward pass, .* got those of an"):
         criterion(older, TARGET)
     criterion(logits(), TARGET).backward()
+
+
+@pytest.mark.parametrize("layer", [None, "head"])
+@pytest.mark.parametrize(
+    ("change", "size"),
+    [
+        (lambda logits: logits[..., :13, 1:], (13, 15)),
+        (lambda logits: nn.functional.pad(logits, (0, -4)), (16, 12)),
+        (lambda logits: logits.narrow(2, 2, 5), (5, 16)),
+    ],
+)
+def test_logits_that_were_cut_are_refused(layer, change, size):
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net, layer))
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"all (16, 16) pixels that the tapped model gave, which its features are of, got {size}"),
+    ):
+        criterion(change(net(IMAGES)), TARGET[..., : size[0], : size[1]])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 15), (8, 8), (40, 21)])
+def test_resized_logits_of_some_channels_are_taken(size):
+    net = Net(lambda net, x: net.two(net.body(x)), two=nn.Conv2d(6, 2, 1))
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    target = nn.functional.interpolate(TARGET, size)
+    for _ in range(2):  # the tap chooses in the first pass
+        logits = nn.functional.interpolate(net(IMAGES)[:, 1:], size, mode="bilinear")
+        assert criterion(logits, target).isfinite()
+
+
+def test_other_logits_than_the_main_ones_need_their_layer():
+    def outcome(net, x):
+        features = net.body(x)
+        return net.head(features), net.extra(features)
+
+    net = Net(outcome, extra=nn.Conv2d(6, 1, 1))
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"must be the main ones of the model, which the layer of .*'head'"):
+            criterion(net(IMAGES)[1], TARGET)
+        assert criterion(net(IMAGES)[0], TARGET).isfinite()
+    assert CombinedExudateLoss(features=FeatureTap(net, "extra"))(net(IMAGES)[1], TARGET).isfinite()
 
 
 @pytest.mark.parametrize("taken", [False, True])

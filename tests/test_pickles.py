@@ -75,6 +75,7 @@ def test_this_version_has_its_pickles():
     assert saved_by(__version__).keys() == modules().keys()
 
 
+@pytest.mark.filterwarnings("ignore:supervised has a gradient at ignored pixels")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pickles_of_earlier_versions_load_and_compute_the_same(version, name):

@@ -51,6 +51,7 @@ def test_a_run_gives_table_picture_and_figures(tmp_path, capsys):
     figures, code = run(tmp_path, "--seed", "4")
     assert code == 0
     table = capsys.readouterr().out
+    assert "\nBCE + contrast: alpha 0, beta 0.002; 12 steps\n" in table
     for row in ("F1", "IoU", "average precision", "seconds per step", "loss's share of a step", "peak memory, MB"):
         assert f"\n{row}" in table
     with Image.open(tmp_path / "p.png") as picture:

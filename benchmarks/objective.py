@@ -166,7 +166,7 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
             ignore_index=ignore_index,
         )
     if settings.disc == "ignored by the terms":
-        criterion.ignore_index = None
+        criterion.ignore_index = None  # or it would say that the supervised loss learns from these pixels
     return criterion
 
 

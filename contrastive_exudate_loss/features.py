@@ -59,9 +59,8 @@ class FeatureTap:
         self._taken = False
         self._running = False
         self._runs = 0
-        self._size: tuple[int, ...] | None = None  # of the model's logits, in pixels
-        self._maker: Node | None = None  # of the output of a layer that the tap chose
-        self._chose = layer is None
+        self._made: Node | None = None  # what made the model's main logits
+        self._chooses = layer is None
         self._seen: _Seen = {}
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._begin)),
@@ -108,14 +107,14 @@ class FeatureTap:
     def drop(self) -> None:
         """Let the features go, if there are any: a criterion had no use for them."""
         self._taken = self._taken or self._features is not None
-        self._features = self._maker = None
+        self._features = self._made = None
 
     def close(self) -> None:
         """Remove the hooks and drop the features: the model is as it was."""
         for handle in (*self._handles, *self._watchers.values()):
             handle.remove()
         self._handles, self._watchers = [], {}
-        self._features = self._maker = None
+        self._features = self._made = None
         self._closed = True
         self._seen.clear()
 
@@ -132,7 +131,7 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = dict.fromkeys(("_features", "_maker")) | {"_handles": [], "_watchers": {}, "_seen": {}}
+        untapped = dict.fromkeys(("_features", "_made")) | {"_handles": [], "_watchers": {}, "_seen": {}}
         return self.__dict__ | untapped | {"_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -140,7 +139,7 @@ class FeatureTap:
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features = self._maker = self._size = None
+        self._features = self._made = None
         self._taken, self._running, self._runs = False, True, 0
         self._seen.clear()
 
@@ -150,8 +149,8 @@ class FeatureTap:
         self._running = False
         if torch.compiler.is_compiling():
             return
-        with contextlib.suppress(ValueError):  # of a model whose layer was given the output may be anything
-            self._size = tuple(_main_logits(output).shape[2:])
+        with contextlib.suppress(ValueError):  # the output of a model whose layer was given may be anything
+            self._made = _main_logits(output).grad_fn
         if self._watchers and torch.is_grad_enabled():
             try:
                 self._choose(model, output)
@@ -203,7 +202,6 @@ class FeatureTap:
         self._watchers = {}
         self._keep_input_of(name, module)
         self._features = _channels_second(module, features)
-        self._maker = next(node for node, seen in self._seen.items() if seen[1] is module and seen[2] is features)
         self._runs = sum(module is other for _, other, _ in self._seen.values())
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
@@ -220,42 +218,45 @@ class FeatureTap:
                 f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; choose another"
             )
         self._features = _channels_second(layer, given)
-        if self._chose and isinstance(output, Tensor) and not torch.compiler.is_compiling():
-            self._maker = output.grad_fn
         self._runs = self._runs + 1 if self._running else 1
 
 
 def check_origin(tap: FeatureTap, logits: Tensor) -> None:
-    """Raise unless the tap's features are those behind the logits, as far as size and autograd graph tell."""
-    made, used = logits.grad_fn, tap.features.grad_fn
-    if made is None or used is None:
+    """Raise unless the tap's features are those behind the logits, as far as the autograd graph tells."""
+    behind, used = logits.grad_fn, tap.features.grad_fn
+    if behind is None or used is None:
         return
-    between = list(itertools.takewhile(lambda node: node is not used, _behind(made)))
-    whole, part = tap._size or (), logits.shape[2:]
-    smaller = len(whole) == 2 and (part[0] < whole[0] or part[1] < whole[1])
-    if smaller and any(_cuts(node) for node in between):
-        raise ValueError(
-            f"logits must be all {tuple(whole)} pixels that the tapped model gave, which its features are of, got "
-            f"{tuple(part)}; where images are padded, pad the target too, with ignore_index, and cut nothing off, or "
-            "give the criterion features cut alike"
-        )
     # Of a compiled model's features the last node may be a view that the logits know nothing of.
-    if used not in _behind(made) and set(_behind(used)).isdisjoint(between):
+    if used not in _behind(behind) and set(_behind(used)).isdisjoint(_behind(behind)):
         raise ValueError(
             f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
             "call the criterion before the next pass, or give it features yourself"
         )
-    if tap._maker is not None and tap._maker not in _behind(made):
+    if tap._made is None:
+        return
+    if tap._made not in _behind(behind):
+        if tap._chooses:
+            raise ValueError(
+                f"logits must be made of the model's main ones, for which the tap chose its layer, got others; give "
+                f"FeatureTap(model, layer=NAME) the layer that makes these, in place of {tap}"
+            )
+        return
+    since = list(itertools.takewhile(lambda node: node is not tap._made, _behind(behind)))
+    turned = any(node.name().startswith(("Permute", "Transpose")) for node in since)
+    if not turned and any(_cuts(node) for node in since):
         raise ValueError(
-            f"logits must be the main ones of the model, which the layer of {tap} makes, got others; give "
-            "FeatureTap(model, layer=NAME) the layer that makes these"
+            "logits must not be cut out of what the tapped model gave, since its features are not; where images are "
+            "padded, pad the target too, with ignore_index, or give the criterion features that are cut alike"
         )
 
 
 def _cuts(node: Node) -> bool:
-    """Whether a node may cut rows or columns off."""
-    channels_at_most = getattr(node, "_saved_dim", 2) < 2
-    return node.name().startswith(("SliceBackward", "ConstantPadNdBackward")) and not channels_at_most
+    """Whether a node gives some of the rows or columns, next to one another."""
+    if node.name() != "SliceBackward0" or node._saved_step != 1:  # type: ignore[attr-defined]
+        return False
+    axes = len(node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+    last_two = axes - 2, axes - 1, 2**64 - 2, 2**64 - 1  # counted from the end they are unsigned here
+    return node._saved_dim in last_two  # type: ignore[attr-defined]
 
 
 def _behind(start: Node) -> Iterator[Node]:

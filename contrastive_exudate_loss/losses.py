@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # Python 3.10 has it not
 class _MaskLoss(nn.Module):
     """A loss whose target is a mask of 0, 1 and ignore_index."""
 
+    _options: frozenset[str] = frozenset()  # until they are complete, and of earlier pickles
+
     def __init__(self, ignore_index: int | None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
@@ -41,7 +43,7 @@ class _MaskLoss(nn.Module):
         """An option that is set later is checked like one that is given."""
         before: Any = getattr(self, name, None)
         super().__setattr__(name, value)
-        if vars(self).get("_complete") and not name.startswith("_"):
+        if name in self._options:
             try:
                 self._check_options()
             except (TypeError, ValueError):
@@ -52,7 +54,8 @@ class _MaskLoss(nn.Module):
     def _completed(self) -> None:
         """Check the options, now at the end of a constructor, and from now on."""
         self._check_options()
-        self._complete = True
+        own = {*vars(self), *self._modules} - {"training"}
+        self._options = frozenset(name for name in own if not name.startswith("_"))
 
     def _check_options(self) -> None:
         """Raise unless the options as they stand make sense, each by itself and together."""
@@ -403,8 +406,8 @@ class CombinedExudateLoss(_MaskLoss):
         alpha: weight of the density term, finite and >= 0; 0 skips its work. May be set between steps.
         beta: weight of the edge term, likewise.
         supervised: called as supervised(logits, target), gives a scalar; None is binary cross-entropy with logits,
-            the mean over valid pixels. It gets the target as it is, ignored values too; that it learns from ignored
-            pixels is warned of at the first of them (on CUDA in the first batch alone).
+            the mean over valid pixels. It gets the target as it is, ignored values too; a warning says once
+            if it has a gradient at ignored pixels (on CUDA the first batch alone is looked at).
         density: None is PatchDensityContrastLoss(ignore_index=ignore_index).
         edge: None is PatchEdgeContrastLoss(ignore_index=ignore_index).
         ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
@@ -420,9 +423,10 @@ class CombinedExudateLoss(_MaskLoss):
         Returns (), float32 (float64 where logits or features are).
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above, no features are given, or a part's ignore_index
-            contradicts this one's. The target's values are checked at every call on the CPU, at the first call on
-            CUDA, and never in compiled code.
+        TypeError, ValueError: an option or a tensor is not as above, no features are given, the logits do not belong
+            to those of the tap as far as the autograd graph tells, or a part's ignore_index contradicts this one's.
+            The target's values are checked at every call on the CPU, at the first call on CUDA, and never in compiled
+            code.
         RuntimeError: the tap has nothing to give.
 
     Example:
@@ -439,6 +443,8 @@ class CombinedExudateLoss(_MaskLoss):
     Reference:
         Tang et al. 2023, arXiv 2302.11517: alpha = 0.02 and beta = 0.1.
     """
+
+    _learning_seen = False  # of the class, for earlier pickles
 
     def __init__(
         self,
@@ -618,33 +624,34 @@ class CombinedExudateLoss(_MaskLoss):
             known = self._check_values(target)
             with _full_precision(target):
                 return _binary_cross_entropy(logits, target, self.ignore_index, known)
-        loss = self.supervised(logits, target)
+        loss = self.supervised(self._watched(logits, target), target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
         if loss.dim():
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
-        self._try_at_ignored(self.supervised, logits, target)
         loss = _plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
-    def _try_at_ignored(self, supervised: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> None:
-        """Warn of a gradient at ignored pixels: at the first that are trained on, off the CPU in the first batch."""
+    def _watched(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The logits, whose gradient will tell whether a given supervised loss learns from ignored pixels."""
+        if torch.compiler.is_compiling() or self._learning_seen or target.is_meta or self._would_wait(target):
+            return logits
         if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, self.ignore_index)):
+            return logits
+        logits = logits.view_as(logits)
+        logits.register_hook(lambda gradient: self._see_learning(_plain(gradient), _plain(target)))
+        return logits
+
+    def _see_learning(self, gradient: Tensor, target: Tensor) -> None:
+        """Warn once: of the first ignored pixels on the CPU, of those in the first batch where looking takes time."""
+        if self._learning_seen:
             return
-        if torch.compiler.is_compiling() or target.is_meta or self._values_checked or self._would_wait(target):
-            return
-        ignored = ~_lesion_and_valid(_plain(target), self.ignore_index)[1]
-        present = bool(ignored.any())
-        self._values_checked = present or not target.is_cpu
-        if not present:
-            return
-        trial = logits.detach().requires_grad_()
-        loss = supervised(trial, target)
-        (gradient,) = torch.autograd.grad(loss, trial, allow_unused=True) if loss.requires_grad else (None,)
-        if gradient is not None and bool(_plain(gradient)[ignored].any()):
+        ignored = ~_lesion_and_valid(target, self.ignore_index)[1]
+        self._learning_seen = not target.is_cpu or bool(ignored.any())
+        if bool(gradient[ignored].any()):
             warnings.warn(
-                f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), which it takes for "
-                "labels; tell it the value, often by ignore_index=, or, if it is to learn from these pixels, give "
+                f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), so it seems not to know "
+                "the value; tell it, often by ignore_index=, or, if it is to learn from these pixels, give "
                 "ignore_index to density and edge alone",
                 stacklevel=2,
             )

@@ -145,20 +145,29 @@ def test_supervised_gets_the_target_as_it_is():
 def test_a_supervised_loss_that_learns_from_ignored_pixels_is_warned_of_once():
     logits, target, features = batch()
     criterion = CombinedExudateLoss(supervised=binary_cross_entropy_with_logits, ignore_index=-1)
-    criterion(logits, target, features)  # nothing is ignored yet
+    criterion(logits, target, features).backward()  # nothing is ignored yet
     target[0, 0, 3, 5] = -1
-    with torch.no_grad():
-        criterion(logits, target, features)  # nothing is learnt
+    loss = criterion(logits, target, features)
     with pytest.warns(UserWarning, match=r"supervised has a gradient at ignored pixels \(target == -1\)"):
-        first = criterion(logits, target, features)
-    torch.testing.assert_close(criterion(logits, target, features), first)
+        loss.backward(retain_graph=True)
+    loss.backward()
+    criterion(logits, target, features).backward()
 
 
-@pytest.mark.parametrize("supervised", [squares_of_valid, lambda *_: torch.zeros(()), lambda *_: WEIGHT.sum()])
-def test_a_supervised_loss_that_does_not_is_not(supervised):
+def masked_in_place(logits, target):
+    return binary_cross_entropy_with_logits(logits.masked_fill_(target == -1, 0), target.clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    "supervised", [squares_of_valid, masked_in_place, lambda *_: torch.zeros(()), lambda *_: WEIGHT.sum()]
+)
+def test_a_supervised_loss_without_a_gradient_at_ignored_pixels_passes_unchanged(supervised):
     logits, target, features = batch()
     target[0, 0, 3, 5] = -1
-    CombinedExudateLoss(supervised=supervised, ignore_index=-1)(logits, target, features)
+    wanted = torch.autograd.grad(supervised(2 * logits, target) + 0 * logits.sum(), logits)
+    terms = CombinedExudateLoss(0, 0, supervised=supervised, ignore_index=-1).terms(2 * logits, target, features)
+    assert torch.equal(terms.total, supervised(2 * logits, target))
+    torch.testing.assert_close(torch.autograd.grad(terms.total + 0 * logits.sum(), logits), wanted, rtol=0, atol=0)
 
 
 def test_pixels_that_the_terms_alone_ignore_may_be_learnt_from():
@@ -169,7 +178,8 @@ def test_pixels_that_the_terms_alone_ignore_may_be_learnt_from():
     def as_background(logits, target):
         return binary_cross_entropy_with_logits(logits, target.clamp(min=0))
 
-    assert CombinedExudateLoss(supervised=as_background, **parts)(logits, target, features).isfinite()
+    CombinedExudateLoss(supervised=as_background, **parts)(logits, target, features).backward()
+    assert logits.grad[0, 0, 3, 5] != 0
 
 
 def test_a_half_precision_supervised_loss_is_made_float32():

@@ -539,8 +539,9 @@ class CombinedExudateLoss(_MaskLoss):
     ) -> "Self":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
-        What it gained and did not gain on IDRiD is in docs/results.md, questions e and k; the weight suits networks
-        whose features are of the scale of those there, and docs/setting.md tells how to find it for others.
+        What it gained and did not gain on IDRiD is in docs/results.md, questions e and k; beside Dice + BCE or Tversky
+        beta = 0.02, rising, gained more (question t). The weight suits networks whose features are of the scale of
+        those there, and docs/setting.md tells how to find it for others.
 
         Args:
             supervised: as in the constructor.

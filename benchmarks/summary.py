@@ -105,7 +105,7 @@ def summary(found: Mapping[str, Arms]) -> str:
 
 
 def answer(letter: str, question: Question, arms: Arms) -> str:
-    """Metrics, differences to BCE, what the terms did, and how much of the question has been run."""
+    """Metrics, differences to BCE, what the terms did, and which runs of the question are missing."""
     done, asked = sum(map(len, arms.values())), len(question.seeds) * len(question.arms)
     parts = [f"### Question {letter}: {done} of {asked} runs"]
     # Choices are made by differences, so there the baselines alone are shown as they are.
@@ -117,7 +117,20 @@ def answer(letter: str, question: Question, arms: Arms) -> str:
         parts.append(_differences(question, pairs))
     if any(run["gradient_norms"] for runs in arms.values() for run in runs):
         parts.append(_mechanism(arms))
+    if done < asked:
+        parts.append(_not_run(question, arms))
     return "\n\n".join(parts)
+
+
+def _not_run(question: Question, arms: Arms) -> str:
+    """The runs that are missing, arms with the same seeds in one line."""
+    missing: dict[str, list[str]] = {}
+    for name in question.arms:
+        done = {run["seed"] for run in arms.get(name, ())}
+        seeds = ", ".join(str(seed) for seed in question.seeds if seed not in done)
+        if seeds:
+            missing.setdefault(seeds, []).append(name)
+    return "Not run:\n\n" + "\n".join(f"- seeds {seeds}: {'; '.join(names)}" for seeds, names in missing.items())
 
 
 def replaced(document: str, text: str) -> str:

@@ -403,6 +403,7 @@ def test_the_answer_to_a_question_compares_its_runs_and_no_others(tested):
     assert seeds == "2"
     assert f1.startswith(f"{mean:+.3f} ({scores[3] - scores[0]:+.3f}, {scores[4] - scores[1]:+.3f})")
     assert (";" in f1) == tested
+    assert text.endswith("Not run:\n\n- seeds 0, 1: bce, SE\n- seeds 1: both, SE")
 
 
 def test_the_pull_of_a_term_is_its_weighted_gradient_beside_that_of_bce():

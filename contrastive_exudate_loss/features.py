@@ -250,13 +250,13 @@ def check_origin(tap: FeatureTap, logits: Tensor) -> None:
         )
 
 
-def _cuts(node: Node) -> bool:
-    """Whether a node gives some of the rows or columns, next to one another."""
-    if node.name() != "SliceBackward0" or node._saved_step != 1:  # type: ignore[attr-defined]
+def _cuts(node: Any) -> bool:
+    """Whether a node gives some of the rows or columns, next to one another; Node's type lacks what it has saved."""
+    if node.name() != "SliceBackward0" or node._saved_step != 1:
         return False
-    axes = len(node._saved_self_sym_sizes)  # type: ignore[attr-defined]
-    last_two = axes - 2, axes - 1, 2**64 - 2, 2**64 - 1  # counted from the end they are unsigned here
-    return node._saved_dim in last_two  # type: ignore[attr-defined]
+    axes = len(node._saved_self_sym_sizes)
+    # Counted from the end they are unsigned here.
+    return node._saved_dim in (axes - 2, axes - 1, 2**64 - 2, 2**64 - 1)
 
 
 def _behind(start: Node) -> Iterator[Node]:

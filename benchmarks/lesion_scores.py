@@ -1,7 +1,8 @@
 """How well a prediction finds the lesions of a photograph: counts per photograph, and metrics of any set of them."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,10 @@ Array = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 SMALL = 25  # pixels; a component with fewer is a small lesion
 NEAR = 2  # pixels, Euclidean: how far a predicted boundary may lie from the true one
-THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # of the probability, for f1_by_threshold
+OVERLAP = 0.1  # of the union of two components, from which one finds the other
+# Of the probability, for f1_by_threshold: logits from -8 to 8 in quarters, so that none of interest lies at an end.
+THRESHOLDS = tuple(1 / (1 + math.exp(-n / 4)) for n in range(-32, 33))
+FIRST_THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # those of the first runs
 EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
 
 
@@ -25,22 +29,35 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
 
     Returns:
         tp, fp, fn: pixels.
-        small, small_found: lesions under SMALL pixels (8-connected), and those that one predicted pixel touches.
+        lesions: components of the lesion mask, 8-connected.
+        lesions_touched, lesions_overlapped: those that a predicted pixel touches, and those that share OVERLAP of their
+            union with a predicted component.
+        small, small_found, small_overlapped: likewise of lesions under SMALL pixels.
+        predicted_lesions, predicted_touched, predicted_overlapped: likewise of the prediction's components.
+        predicted_small, predicted_small_touched, predicted_small_overlapped: likewise of those under SMALL pixels.
         edge, edge_near: boundary pixels of the lesions, and those within NEAR of a predicted boundary pixel.
         predicted_edge, predicted_edge_near: likewise of the prediction.
         disc_fp: false positives inside the optic disc.
     """
-    labels, number = ndimage.label(lesion, EIGHT)
-    sizes = np.bincount(labels.ravel(), minlength=number + 1)[1:]
-    touched = np.bincount(labels[predicted], minlength=number + 1)[1:] > 0
+    true, found = _components(lesion, predicted)
     edge, predicted_edge = _boundary(lesion), _boundary(predicted)
     wrong = predicted & ~lesion
     return {
         "tp": int((predicted & lesion).sum()),
         "fp": int(wrong.sum()),
         "fn": int((lesion & ~predicted).sum()),
-        "small": int((sizes < SMALL).sum()),
-        "small_found": int((touched & (sizes < SMALL)).sum()),
+        "lesions": len(true.small),
+        "lesions_touched": int(true.touched.sum()),
+        "lesions_overlapped": int(true.overlapped.sum()),
+        "small": int(true.small.sum()),
+        "small_found": int((true.touched & true.small).sum()),
+        "small_overlapped": int((true.overlapped & true.small).sum()),
+        "predicted_lesions": len(found.small),
+        "predicted_touched": int(found.touched.sum()),
+        "predicted_overlapped": int(found.overlapped.sum()),
+        "predicted_small": int(found.small.sum()),
+        "predicted_small_touched": int((found.touched & found.small).sum()),
+        "predicted_small_overlapped": int((found.overlapped & found.small).sum()),
         "edge": int(edge.sum()),
         "edge_near": int((edge & _near(predicted_edge)).sum()),
         "predicted_edge": int(predicted_edge.sum()),
@@ -51,8 +68,13 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
 
 def f1_by_threshold(probability: npt.NDArray[np.float32], lesion: Array) -> list[float]:
     """F1 of one photograph's pixels with a probability above each of THRESHOLDS; both (H, W)."""
-    predictions = [probability > threshold for threshold in THRESHOLDS]
-    return [float(_ratio(2 * (p & lesion).sum(), p.sum() + lesion.sum())) for p in predictions]
+    passed = np.searchsorted(np.asarray(THRESHOLDS, np.float32), probability.ravel())  # so many of them lie below it
+    above = [
+        np.cumsum(np.bincount(pixels, minlength=len(THRESHOLDS) + 1)[::-1])[-2::-1]
+        for pixels in (passed, passed[lesion.ravel()])
+    ]
+    found: list[float] = _ratio(2 * above[1], above[0] + lesion.sum()).tolist()
+    return found
 
 
 def by_lesion(photographs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, int]]]:
@@ -75,7 +97,10 @@ def metrics(photographs: Sequence[Mapping[str, int]], times: npt.ArrayLike | Non
         Of shape (...) each:
         f1, iou: means of each photograph's.
         f1_pixels, iou_pixels: over all pixels together.
-        small_recall: share of all small lesions that are found.
+        small_recall: share of all small lesions that are touched.
+        lesion_recall, lesion_precision, lesion_f1: of all components, one that is overlapped being found; with
+            _touched behind the name by one pixel, with small_ before it those under SMALL pixels alone (where the
+            other component may be of any size). Not of counts without them.
         boundary_f1: mean of each photograph's.
         disc_fp: false positive pixels inside the optic disc, per photograph.
     """
@@ -95,7 +120,47 @@ def metrics(photographs: Sequence[Mapping[str, int]], times: npt.ArrayLike | Non
         "small_recall": _ratio(total["small_found"], total["small"]),
         "boundary_f1": mean(_boundary_f1(each)),
         "disc_fp": total["disc_fp"] / weights.sum(-1),
+        **(_component_metrics(total) if "lesions" in total else {}),
     }
+
+
+class _Components(NamedTuple):
+    """Of each component of a mask, (N,) bool: under SMALL pixels, touched, and overlapped by one of the other mask."""
+
+    small: Array
+    touched: Array
+    overlapped: Array
+
+
+def _components(mask: Array, other: Array) -> tuple[_Components, _Components]:
+    """The components of both masks, each beside those of the other."""
+    labels, numbers = zip(*(ndimage.label(one, EIGHT) for one in (mask, other)), strict=True)
+    sizes = [np.bincount(one.ravel(), minlength=n + 1) for one, n in zip(labels, numbers, strict=True)]
+    both = mask & other
+    met, shared = np.unique(np.stack([one[both] for one in labels]), axis=1, return_counts=True)
+    alike = shared >= OVERLAP * (sizes[0][met[0]] + sizes[1][met[1]] - shared)
+    found = []
+    for own, number, size in zip(met, numbers, sizes, strict=True):
+        flags = np.zeros((2, number + 1), bool)
+        flags[0, own] = flags[1, own[alike]] = True
+        found.append(_Components(size[1:] < SMALL, *flags[:, 1:]))
+    return found[0], found[1]
+
+
+def _component_metrics(total: Mapping[str, Floats]) -> dict[str, Floats]:
+    found = {}
+    for small, true in (("", "lesions"), ("small_", "small")):
+        predicted = f"predicted_{true}"
+        for suffix in ("overlapped", "touched"):
+            of_true = "small_found" if (true, suffix) == ("small", "touched") else f"{true}_{suffix}"
+            of_predicted = f"predicted_{small}{suffix}"
+            recall = _ratio(total[of_true], total[true])
+            precision = _ratio(total[of_predicted], total[predicted])
+            end = "_touched" if suffix == "touched" else ""
+            found[f"{small}lesion_recall{end}"] = recall
+            found[f"{small}lesion_precision{end}"] = precision
+            found[f"{small}lesion_f1{end}"] = _ratio(2 * precision * recall, precision + recall)
+    return found
 
 
 def _f1(p: Mapping[str, Floats]) -> Floats:

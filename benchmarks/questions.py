@@ -123,6 +123,9 @@ HARDER = {
         (f"{loss} + edge / 5, ramp", _but(RAMP, supervised=loss, beta=0.02)),
     )
 }
+# The gate: t's first comparison again, on seeds of its own.
+HARDER_ON_DICE = {name: settings for name, settings in HARDER.items() if settings.supervised == "dice + bce"}
+LONGER = {f"{name}, long": _but(settings, steps=1800) for name, settings in HARDER_ON_DICE.items()}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -163,6 +166,8 @@ QUESTIONS = {
     "k": Question(CONFIRMED, range(10, 20), tested=True, device="cuda"),
     "m": Question(_short(HARDER), range(3), tested=False),
     "t": Question(HARDER, range(20, 23), tested=True),
+    "u": Question(HARDER_ON_DICE, range(23, 30), tested=True),
+    "v": Question(LONGER, range(23, 26), tested=True),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

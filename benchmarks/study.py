@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> dict[str, Any]:
-    """The figures of one run of an arm, ready for JSON."""
+    """The figures of one run of an arm, ready for JSON; the cache keeps its network."""
     settings, device = question.arms[name], torch.device(question.device)
     train, validation = train_validation_split(photographs(data, "train", settings.size, cache), seed)
     model = network(settings.network, len(settings.lesions), seed).to(device)
@@ -110,12 +110,15 @@ def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> di
             del scores["photographs"]
             curve.append({"step": step + 1, **scores})
             model.train()
+    thresholds = best_thresholds(curve[-1]["f1_by_threshold"])
+    fold = evaluation(model, validation, settings, thresholds)["tuned"]
     similarity.append(band_similarity(model, validation, settings))
     figures: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(device),
         "curve": curve,
+        "fold": fold,
         "losses": _means(losses, NORMS_EVERY),
         "active": {part: count / settings.steps for part, count in active.items()},
         "gradient_norms": norms,
@@ -126,7 +129,10 @@ def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> di
     }
     if question.tested:
         test = photographs(data, "test", settings.size, cache)
-        figures["test"] = evaluation(model, test, settings, best_thresholds(curve[-1]["f1_by_threshold"]))
+        figures["test"] = evaluation(model, test, settings, thresholds)
+    networks = cache / "networks"
+    networks.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), networks / f"{_file_name(name, question, seed)}.pt")
     return figures
 
 
@@ -225,11 +231,14 @@ def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[
     claims = options.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     for seed, name in itertools.product(question.seeds[: options.seeds], question.arms):
-        path = claims / f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
-        with path.open("w") as claim, contextlib.suppress(BlockingIOError):
+        with (claims / _file_name(name, question, seed)).open("w") as claim, contextlib.suppress(BlockingIOError):
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
             if seed not in [run["seed"] for run in runs_of(name, question, read_lines(options.results))]:
                 yield name, seed
+
+
+def _file_name(name: str, question: Question, seed: int) -> str:
+    return f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
@@ -273,7 +282,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of reduced photographs")
+    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of images and networks")
     options = parser.parse_args(arguments)
     if QUESTIONS[options.question].device == "cuda" and not torch.cuda.is_available():
         parser.error(f"question {options.question} is answered on CUDA, and PyTorch finds no CUDA device")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from differences import measured, of_each_seed, over_photographs, over_seeds, paired
-from lesion_scores import THRESHOLDS
+from lesion_scores import FIRST_THRESHOLDS, THRESHOLDS
 from objective import rise
 from questions import QUESTIONS, Question
 from study import RESULTS, read_lines, runs_of
@@ -156,8 +156,10 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     best = np.argmax(_f1_table(last), 1, keepdims=True)
 
     def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
-        f1 = np.take_along_axis(_f1_table(metrics), best, 1)
-        return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(THRESHOLDS, best).mean())}
+        table = _f1_table(metrics)
+        f1 = np.take_along_axis(table, best, 1)
+        thresholds = THRESHOLDS if table.shape[1] == len(THRESHOLDS) else FIRST_THRESHOLDS
+        return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(thresholds, best).mean())}
 
     if not run["tested"]:
         return run | {"curve": [*earlier, tuned(last)]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lesion_scores import NEAR, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
+from lesion_scores import NEAR, OVERLAP, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
 from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
 
 
@@ -43,6 +43,11 @@ def boundary(mask):
     return [pixel for pixel in pixels if neighbours(pixel, others)]
 
 
+def overlapping(part, others):
+    """Whether one of the others shares a tenth of its union with the part."""
+    return any(len(part & other) >= OVERLAP * len(part | other) for other in others)
+
+
 def close(pixels, others):
     return sum(any((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 <= NEAR**2 for q in others) for p in pixels)
 
@@ -52,14 +57,25 @@ def test_counts_equal_loops_over_pixels(case):
     predicted, lesion, disc = case
     got = counts(predicted, lesion, disc)
     pixels, found = (set(zip(*mask.nonzero(), strict=True)) for mask in (lesion, predicted))
-    small = [part for part in components(pixels) if len(part) < SMALL]
+    lesions, predictions = components(pixels), components(found)
+    small, predicted_small = ([part for part in parts if len(part) < SMALL] for parts in (lesions, predictions))
     edge, predicted_edge = boundary(lesion), boundary(predicted)
     assert got == {
         "tp": len(pixels & found),
         "fp": len(found - pixels),
         "fn": len(pixels - found),
+        "lesions": len(lesions),
+        "lesions_touched": sum(bool(part & found) for part in lesions),
+        "lesions_overlapped": sum(overlapping(part, predictions) for part in lesions),
         "small": len(small),
         "small_found": sum(bool(part & found) for part in small),
+        "small_overlapped": sum(overlapping(part, predictions) for part in small),
+        "predicted_lesions": len(predictions),
+        "predicted_touched": sum(bool(part & pixels) for part in predictions),
+        "predicted_overlapped": sum(overlapping(part, lesions) for part in predictions),
+        "predicted_small": len(predicted_small),
+        "predicted_small_touched": sum(bool(part & pixels) for part in predicted_small),
+        "predicted_small_overlapped": sum(overlapping(part, lesions) for part in predicted_small),
         "edge": len(edge),
         "edge_near": close(edge, predicted_edge),
         "predicted_edge": len(predicted_edge),
@@ -82,7 +98,7 @@ def test_f1_and_iou_are_those_of_torchmetrics(images):
 
 def test_a_perfect_prediction_scores_1_and_none_at_all_0():
     lesion = np.zeros((20, 20), bool)
-    lesion[2:5, 2:5] = lesion[10:18, 10:18] = True
+    lesion[2:5, 2:5] = lesion[10:18, 10:18] = True  # one small, one large
     nothing = np.zeros_like(lesion)
     for predicted, score in ((lesion, 1), (nothing, 0)):
         got = metrics([counts(predicted, lesion, nothing)])
@@ -95,6 +111,40 @@ def test_a_boundary_may_lie_two_pixels_off():
     scores = [metrics([counts(np.roll(lesion, shift, 0), lesion, lesion)])["boundary_f1"] for shift in (0, 2, 4)]
     assert scores[0] == scores[1] == 1
     assert scores[2] < 1
+
+
+def test_a_blot_over_two_lesions_touches_both_and_finds_the_larger():
+    lesion, nothing = np.zeros((2, 20, 20), bool)
+    lesion[2:4, 2:4] = lesion[10:18, 2:10] = True  # 4 and 64 pixels
+    blot = nothing.copy()
+    blot[2:18, 2:12] = True  # 160 pixels
+    got = metrics([counts(blot, lesion, nothing)])
+    assert got["lesion_recall"] == 0.5
+    assert got["lesion_recall_touched"] == got["lesion_precision"] == got["lesion_precision_touched"] == 1
+    assert got["small_lesion_recall"] == 0
+    assert got["small_lesion_recall_touched"] == 1
+    assert got["lesion_f1"] == pytest.approx(2 / 3)
+
+
+FIRST = (
+    "tp",
+    "fp",
+    "fn",
+    "small",
+    "small_found",
+    "edge",
+    "edge_near",
+    "predicted_edge",
+    "predicted_edge_near",
+    "disc_fp",
+)
+
+
+def test_counts_of_early_runs_give_the_metrics_that_they_can():
+    lesion = np.eye(9, dtype=bool)
+    new = counts(lesion, lesion, lesion)
+    old = {name: new[name] for name in FIRST}
+    assert metrics([old]).items() < metrics([new]).items()
 
 
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 1.0]))

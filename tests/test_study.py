@@ -12,7 +12,7 @@ import study
 import summary
 import torch
 from differences import of_each_seed, over_photographs, over_seeds, paired
-from lesion_scores import THRESHOLDS, counts
+from lesion_scores import FIRST_THRESHOLDS, THRESHOLDS, counts
 from matplotlib.colors import to_rgb
 from objective import Settings
 from PIL import Image
@@ -77,6 +77,22 @@ def test_a_line_holds_all_that_the_protocol_asks_for(folder):
     assert [point["step"] for point in both["gradient_norms"]] == [0, 2]
     assert both["active"]["edge"] > 0
     assert both["settings"]["alpha"] == 0.02
+
+
+def test_the_network_of_a_run_is_kept(folder):
+    lines = run(folder, "--question", "a", "--seeds", "1")
+    samples = study.photographs(folder / "data", "test", 48, folder / "cache")
+    for line in lines:
+        model = Network(1)
+        model.load_state_dict(torch.load(folder / "cache" / "networks" / f"{line['arm']}, seed 0, cpu.pt"))
+        assert study.evaluation(model, samples, TINY)["photographs"] == line["test"]["photographs"]
+
+
+def test_lesions_are_counted_on_the_fold_at_its_best_threshold(folder):
+    for line in run(folder, "--question", "d", "--seeds", "1"):
+        best = max(line["curve"][-1]["f1_by_threshold"][0])
+        assert line["fold"]["f1"] == pytest.approx(best, abs=1e-5)
+        assert 0 <= line["fold"]["lesion_f1"] <= 1
 
 
 def test_the_study_goes_on_where_it_stopped(folder):
@@ -304,16 +320,18 @@ def test_the_threshold_is_chosen_on_the_fold():
     for part in (unknown["test"], unknown["curve"][-1]):
         del part["f1_by_threshold"]
     for part in (flat["test"], flat["curve"][-1]):
-        (part["f1_by_threshold"],) = part["f1_by_threshold"]
+        part["f1_by_threshold"] = part["f1_by_threshold"][0][: len(FIRST_THRESHOLDS)]
     question = Question({"bce": TINY}, range(9), tested=True)
     found = summary._arms(question, [*runs, unknown, flat])["bce"]
     assert [(run["test"]["threshold"], run["test"]["f1_tuned"]) for run in (found[0], *found[2:])] == [
-        (THRESHOLDS[n], n / 100) for n in (3, 7, 8)
+        *((THRESHOLDS[n], n / 100) for n in (3, 7)),
+        (FIRST_THRESHOLDS[8], 0.08),
     ]
     assert found[0]["curve"][-1]["f1_tuned"] == 0.51
     assert found[1] == unknown
     cells = rows(summary.answer("x", question, {"bce": found[:3]}))["bce"][0]
-    assert cells[-2] == f"{np.mean([0.03, 0.07]):.3f} ± {np.std([0.03, 0.07], ddof=1):.3f} (2 seeds)"
+    thresholds = np.take(THRESHOLDS, (3, 7))
+    assert cells[-1] == f"{np.mean(thresholds):.3f} ± {np.std(thresholds, ddof=1):.3f} (2 seeds)"
 
 
 def test_small_lesions_and_boundaries_are_compared_at_that_threshold_too():
@@ -364,13 +382,14 @@ class Guesses(nn.Module):
 def test_f1_by_threshold_has_f1_at_0_5_and_at_the_tuned_thresholds(folder):
     samples = study.photographs(folder / "data", "train", 48, folder / "cache")
     settings = dataclasses.replace(TINY, lesions=("EX", "SE"))
-    found = study.evaluation(Guesses(), samples, settings, (0.25, 0.7))
+    levels = 28, 35
+    found = study.evaluation(Guesses(), samples, settings, [THRESHOLDS[level] for level in levels])
     by_threshold = np.array(found["f1_by_threshold"])
     assert by_threshold.shape == (2, len(THRESHOLDS))
     assert {p["lesion"] for p in found["photographs"] if p["tp"] + p["fn"]} == {"EX", "SE"}
     assert found["f1"] > 0.01
     assert np.mean(by_threshold[:, THRESHOLDS.index(0.5)]) == pytest.approx(found["f1"], abs=1e-5)
-    tuned = [by_threshold[k, THRESHOLDS.index(threshold)] for k, threshold in enumerate((0.25, 0.7))]
+    tuned = [by_threshold[k, level] for k, level in enumerate(levels)]
     assert np.mean(tuned) == pytest.approx(found["tuned"]["f1"], abs=1e-5)
     assert abs(found["tuned"]["f1"] - found["f1"]) > 1e-3
     untuned = study.evaluation(Guesses(), samples, settings)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_exudate_loss import PatchDensityContrastLoss
+from contrastive_exudate_loss.patches import patch_sides
 
 PAIRS = "balanced", "own image", "affinity"
 
@@ -37,7 +38,7 @@ class OtherPairsLoss(PatchDensityContrastLoss):
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, 0 where there is nothing to contrast; arguments as under Shape."""
-        sides = self._sides(target)
+        sides = patch_sides(target.shape[2], target.shape[3], self.patch_size, self.num_patches)
         vectors = F.avg_pool2d(features, sides).movedim(1, -1)
         similarities = F.normalize(vectors.flatten(0, 2), dim=1) / self.temperature**0.5
         similarities = similarities @ similarities.T

@@ -135,6 +135,13 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
     )
 
 
+def may_read(target: Tensor) -> bool:
+    """Whether the target's values can be read: not in compiled code, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or target.is_meta:
+        return False
+    return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def holds(dtype: torch.dtype, value: int) -> bool:
     """Whether a tensor of this dtype can hold the integer exactly.
 

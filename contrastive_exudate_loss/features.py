@@ -1,10 +1,8 @@
 """FeatureTap: the features that a segmentation model turns into logits, kept for the criterion."""
 
-import collections
 import contextlib
 import difflib
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-_Seen = dict[Node, tuple[str, nn.Module, Tensor]]
-_WATCHED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+from contrastive_exudate_loss import graph
+
+_TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _DATA_PARALLEL = (
     "model must not be nn.DataParallel, whose replicas leave no features behind; use DistributedDataParallel, and tap "
     "the model inside"
@@ -61,7 +60,7 @@ class FeatureTap:
         self._runs = 0
         self._made: Node | None = None  # what made the model's main logits
         self._chooses = layer is None
-        self._seen: _Seen = {}
+        self._seen: dict[Node, graph.Run] = {}
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._begin)),
             model.register_forward_hook(_Hook(self._end)),
@@ -69,7 +68,7 @@ class FeatureTap:
         if layer is None:
             self._watchers = {
                 name: module.register_forward_hook(_Hook(self._watching(name)), with_kwargs=True)
-                for name, module in _watched(model)
+                for name, module in _tappable(model)
             }
         else:
             self._watchers = {}
@@ -165,7 +164,7 @@ class FeatureTap:
                 return
             given = _first_tensor(args, kwargs)
             if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
-                self._seen[output.grad_fn] = name, module, given
+                self._seen[output.grad_fn] = graph.Run(name, module, _channels_second(module, given))
 
         return watch
 
@@ -173,36 +172,31 @@ class FeatureTap:
         logits = _main_logits(output)
         if logits.grad_fn is None:
             return
-        built = [name for name, _ in _watched(model) if name not in self._watchers]
+        built = [name for name, _ in _tappable(model) if name not in self._watchers]
         if built:
             raise ValueError(
                 f"model must have all its layers before it is tapped, but built {', '.join(map(repr, built))} while it "
                 "ran; run it once, then make the FeatureTap"
             )
-        found = _nearest(logits.grad_fn, self._seen)
-        if found is None:
-            raise ValueError(
-                "model must make its logits with a layer that can be tapped (torch.nn.Conv2d, ConvTranspose2d or "
-                "Linear), but a convolution outside of these makes them; give FeatureTap(model, layer=NAME) the module "
-                "whose input are the features, or give the features to the criterion yourself"
-            )
-        names = sorted({name for name, _, _ in found})
+        found = graph.nearest_layers(logits.grad_fn, self._seen)
+        names = sorted({run.name for run in found})
         if len(names) != 1:
             which = "no convolution or linear layer with a 4-D input of at least 2 channels makes"
             if names:
                 which = f"the layers {', '.join(map(repr, names))} all make"
-            ran = ", ".join(repr(name) for name, _, _ in self._seen.values())
+            ran = ", ".join(repr(run.name) for run in self._seen.values())
             raise ValueError(
-                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input are the features, or "
-                f"give the features to the criterion yourself{'' if names or not ran else f'; there ran {ran}'}"
+                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input is the features, or "
+                f"give the features to the criterion yourself"
+                + ("" if names or not ran else f"; the layers that ran: {ran}")
             )
         name, module, features = found[0]
         for handle in self._watchers.values():
             handle.remove()
         self._watchers = {}
         self._keep_input_of(name, module)
-        self._features = _channels_second(module, features)
-        self._runs = sum(module is other for _, other, _ in self._seen.values())
+        self._features = features
+        self._runs = sum(module is run.layer for run in self._seen.values())
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
         self._layer_name = name
@@ -221,55 +215,50 @@ class FeatureTap:
         self._runs = self._runs + 1 if self._running else 1
 
 
-def check_origin(tap: FeatureTap, logits: Tensor) -> None:
-    """Raise unless the tap's features are those behind the logits, as far as the autograd graph tells."""
-    behind, used = logits.grad_fn, tap.features.grad_fn
-    if behind is None or used is None:
+def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:
+    """What tap.take() gives, for a criterion on these logits.
+
+    Raises:
+        ValueError: the features require no gradient while the logits do, or the logits do not belong to them as far as
+            the autograd graph tells.
+        RuntimeError: the tap has nothing to give.
+    """
+    features = tap.features
+    if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
+        raise ValueError(
+            f"features from the tap must require a gradient like logits, got features without one from {tap}; where "
+            "the model has run again without gradients, call the criterion before that; a checkpointed layer needs "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False); where everything before the last layer is "
+            "frozen the terms can train nothing: set alpha = beta = 0; where this is not the layer that makes the "
+            "logits, give FeatureTap(model, layer=NAME)"
+        )
+    if not torch.compiler.is_compiling():
+        _check_origin(tap, logits.grad_fn, features.grad_fn)
+    return tap.take()
+
+
+def _check_origin(tap: FeatureTap, logits: Node | None, features: Node | None) -> None:
+    """Raise unless the features are those behind the logits, as far as the autograd graph tells."""
+    if logits is None or features is None:
         return
-    # Of a compiled model's features the last node may be a view that the logits know nothing of.
-    if used not in _behind(behind) and set(_behind(used)).isdisjoint(_behind(behind)):
+    if not graph.of_one_pass(logits, features):
         raise ValueError(
             f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
             "call the criterion before the next pass, or give it features yourself"
         )
     if tap._made is None:
         return
-    if tap._made not in _behind(behind):
+    if tap._made not in graph.nodes_behind(logits):
         if tap._chooses:
             raise ValueError(
-                f"logits must be made of the model's main ones, for which the tap chose its layer, got others; give "
+                f"logits must be made from the model's main ones, for which the tap chose its layer, got others; give "
                 f"FeatureTap(model, layer=NAME) the layer that makes these, in place of {tap}"
             )
-        return
-    since = list(itertools.takewhile(lambda node: node is not tap._made, _behind(behind)))
-    turned = any(node.name().startswith(("Permute", "Transpose")) for node in since)
-    if not turned and any(_cuts(node) for node in since):
+    elif graph.is_cut(logits, tap._made):
         raise ValueError(
             "logits must not be cut out of what the tapped model gave, since its features are not; where images are "
             "padded, pad the target too, with ignore_index, or give the criterion features that are cut alike"
         )
-
-
-def _cuts(node: Any) -> bool:
-    """Whether a node gives some of the rows or columns, next to one another; Node's type lacks what it has saved."""
-    if node.name() != "SliceBackward0" or node._saved_step != 1:
-        return False
-    axes = len(node._saved_self_sym_sizes)
-    # Counted from the end they are unsigned here.
-    return node._saved_dim in (axes - 2, axes - 1, 2**64 - 2, 2**64 - 1)
-
-
-def _behind(start: Node) -> Iterator[Node]:
-    """The nodes from which a node is computed, nearest first, itself included; no leaves, which all passes share."""
-    visited, waiting = {start}, collections.deque([start])
-    while waiting:
-        node = waiting.popleft()
-        if not node.name().endswith("AccumulateGrad"):
-            yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                waiting.append(following)
 
 
 class _Hook:
@@ -286,8 +275,8 @@ class _Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def _watched(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _WATCHED)]
+def _tappable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _TAPPABLE)]
 
 
 def _recomputing() -> bool:
@@ -321,7 +310,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 
 def _channels_second(layer: nn.Module, features: Tensor) -> Tensor:
-    return features.movedim(-1, 1) if isinstance(layer, nn.Linear) else features
+    return features.movedim(-1, 1) if isinstance(layer, nn.Linear) and features.dim() == 4 else features
 
 
 def _main_logits(output: Any) -> Tensor:
@@ -339,38 +328,3 @@ def _main_logits(output: Any) -> Tensor:
         f"model must return its logits as a tensor, as 'out' or 'logits', or first in a tuple, got "
         f"{type(output).__name__}; give FeatureTap(model, layer=NAME) the layer whose input are the features"
     )
-
-
-def _nearest(start: Node, seen: _Seen) -> list[tuple[str, nn.Module, Tensor]] | None:
-    """The layers met first on each way back through the graph, passing those whose input is no feature map.
-
-    None if a convolution that is no layer comes before them.
-
-    Raises:
-        ValueError: before them comes what hides layers, or a linear layer on tokens, whose features are no map.
-    """
-    found, visited, waiting = [], {start}, [start]
-    while waiting:
-        node = waiting.pop()
-        if node not in seen and node.name() == "ConvolutionBackward0":
-            return None
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "model must not hide the layer that makes its logits in a reentrant checkpoint; give "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        if node in seen:
-            name, module, features = seen[node]
-            if features.dim() == 4 and _channels_second(module, features).shape[1] >= 2:
-                found.append((name, module, features))
-                continue
-            if features.dim() == 3 and isinstance(module, nn.Linear):
-                raise ValueError(
-                    f"layer {name!r} makes the logits from tokens (B, N, C), which are no feature map; give the "
-                    "features to the criterion yourself, as (B, C, h, w)"
-                )
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                waiting.append(following)
-    return found

@@ -1,193 +1,27 @@
 """The three losses: check what comes in, compose the parts, weigh the terms."""
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_exudate_loss import _checks
-from contrastive_exudate_loss.contrast import CONTRASTS, best_of_each_label, contrast_loss
-from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap, check_origin
-from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer_contour
-from contrastive_exudate_loss.patches import (
-    at_pixels,
-    cut_patches,
-    lesion_fraction,
-    paste_patches,
-    patch_counts,
-    patch_sides,
-)
-from contrastive_exudate_loss.pooling import embeddings, masked_sums
+from contrastive_exudate_loss._options import MaskLoss
+from contrastive_exudate_loss._supervised import binary_cross_entropy, watched
+from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
+from contrastive_exudate_loss.features import FeatureTap, taken_features
+from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
+from contrastive_exudate_loss.morphology import FOOTPRINTS
+from contrastive_exudate_loss.pooling import embeddings
 
-if TYPE_CHECKING:  # Python 3.10 has it not
+if TYPE_CHECKING:  # not in Python 3.10
     from typing import Self
 
 
-class _MaskLoss(nn.Module):
-    """A loss whose target is a mask of 0, 1 and ignore_index."""
-
-    _options: frozenset[str] = frozenset()  # until they are complete, and of earlier pickles
-
-    def __init__(self, ignore_index: int | None) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-        self._values_checked = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """An option that is set later is checked like one that is given."""
-        before: Any = getattr(self, name, None)
-        super().__setattr__(name, value)
-        if name in self._options:
-            try:
-                self._check_options()
-            except (TypeError, ValueError):
-                super().__delattr__(name)  # a module lies elsewhere than what it displaced
-                super().__setattr__(name, before)
-                raise
-
-    def _completed(self) -> None:
-        """Check the options, now at the end of a constructor, and from now on."""
-        self._check_options()
-        own = {*vars(self), *self._modules} - {"training"}
-        self._options = frozenset(name for name in own if not name.startswith("_"))
-
-    def _check_options(self) -> None:
-        """Raise unless the options as they stand make sense, each by itself and together."""
-        _checks.check_ignore_index(self.ignore_index)
-
-    def _check_values(self, target: Tensor) -> bool:
-        """Check the target's values: on the CPU every time, elsewhere (it waits for the device) the first time.
-
-        Returns whether they were looked at.
-        """
-        if torch.compiler.is_compiling() or target.is_meta or self._would_wait(target):
-            return False
-        _checks.check_target_values(target, self.ignore_index)
-        self._values_checked = True
-        return True
-
-    def _would_wait(self, target: Tensor) -> bool:
-        """Whether reading the target's values would wait for a device once more, or break a graph's capture."""
-        once_more = self._values_checked and not target.is_cpu
-        return once_more or (target.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-class _PatchContrastLoss(_MaskLoss):
-    """What the two terms share: their patches, their contrast and the order of the steps."""
-
-    def __init__(
-        self,
-        patch_size: int | None,
-        num_patches: int | None,
-        temperature: float,
-        contrast: str,
-        max_patches: int | None,
-        ignore_index: int | None,
-        gather_distributed: bool,
-    ) -> None:
-        super().__init__(ignore_index)
-        self.patch_size = 16 if patch_size is None and num_patches is None else patch_size
-        self.num_patches = num_patches
-        self.temperature = temperature
-        self.contrast = contrast
-        self.max_patches = max_patches
-        self.gather_distributed = gather_distributed
-
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss; arguments as under Shape."""
-        features, target = self._checked(features, target)
-        with _full_precision(target):
-            masks, *fraction = self._masks(target)
-            sums, counts = masked_sums(features, masks, self._sides(target))
-            return self._contrast(sums, counts, *fraction)
-
-    def extra_repr(self) -> str:
-        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
-
-    def _check_options(self) -> None:
-        super()._check_options()
-        if (self.patch_size is None) == (self.num_patches is None):
-            raise ValueError(
-                f"give patch_size or num_patches, not both, got {self.patch_size!r} and {self.num_patches!r}"
-            )
-        if self.patch_size is not None:
-            _checks.check_integer("patch_size", self.patch_size, 1)
-        if self.num_patches is not None:
-            _checks.check_integer("num_patches", self.num_patches, 1)
-        _checks.check_number("temperature", self.temperature, 1e-3)
-        _checks.check_choice("contrast", self.contrast, CONTRASTS)
-        if self.max_patches is not None:
-            _checks.check_integer("max_patches", self.max_patches, 2)
-        _checks.check_flag("gather_distributed", self.gather_distributed)
-
-    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
-        """The masks to pool, (B, T, H, W) bool, and, where labels come of them, the patches' lesion fractions."""
-        raise NotImplementedError
-
-    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
-        """The loss of the pooled masks: sums (B, T, gh, gw, C), counts (B, T, gh, gw)."""
-        raise NotImplementedError
-
-    def _checked(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        _checks.check_target(target)
-        _checks.check_features(features, target)
-        target = _plain(target)
-        self._check_values(target)
-        return _plain(features), target
-
-    def _sides(self, target: Tensor) -> tuple[int, int]:
-        return patch_sides(target.shape[2], target.shape[3], self.patch_size, self.num_patches)
-
-    def _class_mean(
-        self,
-        vectors: Tensor,
-        labels: Tensor,
-        present: Tensor,
-        priority: Tensor | None = None,
-        limit: int = 0,
-    ) -> Tensor:
-        """Mean over the K classes of the contrast of their embeddings, (K, M, C), labels and presence, (K, M).
-
-        With a priority, (K, M), at most limit of each label take part, those of the lowest.
-        """
-        gathers = self.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
-        losses = []
-        for k in range(len(vectors)):
-            vector, label, here = vectors[k], labels[k], present[k]
-            order = None if priority is None else priority[k]
-            if self.max_patches is not None:
-                drawn = torch.randperm(len(vector), device=vector.device)
-                index, here = best_of_each_label(drawn, label, here, self.max_patches)
-                vector, label = vector[index], label[index]
-            if gathers:
-                columns = [label[here]] if order is None else [label[here], order[here]]
-                vector, label, *orders = of_all_ranks(vector[here], *columns, classes=len(vectors))
-                here, order = torch.ones_like(label), orders[0] if orders else None
-            if order is not None:
-                index, here = best_of_each_label(order, label, here, limit)
-                vector, label = vector[index], label[index]
-            part, parts = rank_and_count() if gathers and _shares_anchors(vector) else (0, 1)
-            loss = contrast_loss(
-                vector,
-                label,
-                here,
-                temperature=self.temperature,
-                contrast=self.contrast,
-                part=part,
-                parts=parts,
-            )
-            losses.append(sum_of_ranks(loss) if parts > 1 else loss)
-        return torch.stack(losses).mean()
-
-
-class PatchDensityContrastLoss(_PatchContrastLoss):
+class PatchDensityContrastLoss(PatchContrastLoss):
     """Contrast of the mean features of dense patches against those of sparse patches.
 
     A patch is dense when its lesion fraction (lesion pixels / valid pixels) is above threshold, else sparse.
@@ -250,7 +84,7 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
         super().__init__(patch_size, num_patches, temperature, contrast, max_patches, ignore_index, gather_distributed)
         self.threshold = threshold
         self.select = select
-        self._completed()
+        self._check_changed_options()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -262,23 +96,25 @@ class PatchDensityContrastLoss(_PatchContrastLoss):
             if self.max_patches is not None:
                 raise ValueError(f"give select or max_patches, not both, got {self.select} and {self.max_patches}")
 
-    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
-        valid, fraction = _opaque(_density_masks, target)(target, self._sides(target), self.ignore_index)
-        return valid, fraction
+    def _selects(self) -> int | None:
+        return None if isinstance(self.select, str) else self.select
 
-    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
+    def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
+        return density_regions(target, sides, self.ignore_index)
+
+    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
+        pooled = embeddings(sums, counts), counts.bool(), cast(Tensor, regions.fraction)
         # (B, K, gh, gw) to (K, M)
-        vectors, present = (t.movedim(1, 0).flatten(1, 3) for t in (embeddings(sums, counts), counts.bool()))
-        (share,) = (t.movedim(1, 0).flatten(1) for t in fraction)
-        dense = share > self.threshold
+        vectors, present, fraction = (tensor.movedim(1, 0).flatten(1, 3) for tensor in pooled)
+        dense = fraction > self.threshold
         labels = dense.to(counts.device)
-        if isinstance(self.select, str):
-            return self._class_mean(vectors, labels, present)
-        densest_and_sparsest_first = torch.where(dense, -share, share)
-        return self._class_mean(vectors, labels, present, densest_and_sparsest_first, self.select)
+        if self._selects() is None:
+            return [Candidates(*own) for own in zip(vectors, labels, present, strict=True)]
+        densest_and_sparsest_first = torch.where(dense, -fraction, fraction)
+        return [Candidates(*own) for own in zip(vectors, labels, present, densest_and_sparsest_first, strict=True)]
 
 
-class PatchEdgeContrastLoss(_PatchContrastLoss):
+class PatchEdgeContrastLoss(PatchContrastLoss):
     """Contrast of the mean features just inside lesion contours against those just outside.
 
     The inner band holds the lesion pixels within inner_radius of background, the outer band the background pixels
@@ -355,7 +191,7 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         self.isolate_patches = isolate_patches
         self.scope = scope
         self.density_threshold = density_threshold
-        self._completed()
+        self._check_changed_options()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -368,22 +204,22 @@ class PatchEdgeContrastLoss(_PatchContrastLoss):
         _checks.check_flag("isolate_patches", self.isolate_patches)
         _checks.check_choice("scope", self.scope, ("patch", "image"))
 
-    def _masks(self, target: Tensor) -> tuple[Tensor, ...]:
-        radii = [[r, r] if isinstance(r, int) else list(r) for r in (self.inner_radius, self.outer_radius)]
-        options = *radii, self.footprint, self.isolate_patches, self.density_threshold, self.ignore_index
-        bands: Tensor = _opaque(_edge_masks, target)(target, self._sides(target), *options)
-        return (bands,)
+    def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
+        inner, outer = ((r, r) if isinstance(r, int) else r for r in (self.inner_radius, self.outer_radius))
+        options = self.footprint, self.isolate_patches, self.density_threshold, self.ignore_index
+        return edge_regions(target, sides, inner, outer, *options)
 
-    def _contrast(self, sums: Tensor, counts: Tensor, *fraction: Tensor) -> Tensor:
+    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
         if self.scope == "image":
             sums, counts = sums.sum((2, 3), keepdim=True), counts.sum((2, 3), keepdim=True)
         # (B, 2 K, gh, gw) to (K, 2, B, gh, gw): of each class all inner embeddings, then all outer ones.
-        pairs = (2, counts.shape[1] // 2)
-        vectors = embeddings(sums, counts).unflatten(1, pairs).movedim((2, 1), (0, 1))
-        present = counts.bool().unflatten(1, pairs).movedim((2, 1), (0, 1))
+        bands = (2, counts.shape[1] // 2)
+        vectors = embeddings(sums, counts).unflatten(1, bands).movedim((2, 1), (0, 1))
+        present = counts.bool().unflatten(1, bands).movedim((2, 1), (0, 1))
         labels = torch.zeros_like(present)
         labels[:, 0] = True
-        return self._class_mean(vectors.flatten(1, 4), labels.flatten(1), present.flatten(1))
+        flat = vectors.flatten(1, 4), labels.flatten(1), present.flatten(1)
+        return [Candidates(*own) for own in zip(*flat, strict=True)]
 
 
 class LossTerms(NamedTuple):
@@ -395,7 +231,7 @@ class LossTerms(NamedTuple):
     edge: Tensor
 
 
-class CombinedExudateLoss(_MaskLoss):
+class CombinedExudateLoss(MaskLoss):
     """A supervised loss on the logits plus the two contrastive terms on the features behind them.
 
         total = supervised + alpha density + beta edge
@@ -466,7 +302,7 @@ class CombinedExudateLoss(_MaskLoss):
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
         self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
         self.tap = features
-        self._completed()
+        self._check_changed_options()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -478,8 +314,6 @@ class CombinedExudateLoss(_MaskLoss):
                 f"features must be None or a FeatureTap, got {type(tap).__name__}; give a tensor of features to each "
                 "call instead"
             )
-        _checks.check_part("density", self.density, PatchDensityContrastLoss, self.ignore_index)
-        _checks.check_part("edge", self.edge, PatchEdgeContrastLoss, self.ignore_index)
 
     @classmethod
     def hecl(
@@ -589,23 +423,34 @@ class CombinedExudateLoss(_MaskLoss):
     def terms(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> LossTerms:
         """The weighted total and its three parts, density and edge unweighted, 0 where skipped; for logs.
 
-        Args, Raises: as a call of the criterion, instead of which it stands: total is what to differentiate.
+        Args, Raises: as a call of the criterion; it takes the place of one, with total as what to differentiate.
         """
+        self._check_changed_options()
         _checks.check_target(target)
         _checks.check_logits(logits, target)
-        used = self._uses_density or self._uses_edge
-        if features is None and self.tap is not None:
-            features = _tapped(self.tap, logits, used)
-        if features is None and used:
-            raise ValueError(
-                "features must be given, as criterion(logits, target, features) or by "
-                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped: set "
-                "criterion.tap = FeatureTap(model)"
-            )
-        supervised = self._supervised(logits, target)
-        density = edge = supervised.new_zeros(())
-        if features is not None and used:
-            density, edge = self._contrasts(features, target, density)
+        terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
+        features = self._found(features, logits, needed=bool(terms))
+        if features is not None:
+            _checks.check_features(features, target)
+        # A subclass with a forward of its own checks and computes for itself.
+        ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
+        indices = [self.ignore_index] * (self.supervised is None) + [term.ignore_index for term in terms if ours]
+        mask = plain(target)
+        known = self._check_values(mask, indices)
+        if self.supervised is None:
+            with full_precision(mask):
+                supervised = binary_cross_entropy(plain(logits), mask, self.ignore_index, known=known)
+        else:
+            supervised = self._given_supervised(self.supervised, logits, target)
+        if features is None:
+            losses = []
+        elif ours:
+            losses = term_losses(terms, plain(features), mask)
+        else:
+            losses = [term(features, target) for term in terms]
+        zero = supervised.new_zeros(())
+        density = losses[0] if self._uses_density else zero
+        edge = losses[-1] if self._uses_edge else zero
         alpha, beta = self._alpha.to(density.dtype), self._beta.to(edge.dtype)
         return LossTerms(supervised + alpha * density + beta * edge, supervised, density, edge)
 
@@ -619,198 +464,47 @@ class CombinedExudateLoss(_MaskLoss):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tap": None}
 
-    def _supervised(self, logits: Tensor, target: Tensor) -> Tensor:
-        if self.supervised is None:
-            logits, target = _plain(logits), _plain(target)
-            known = self._check_values(target)
-            with _full_precision(target):
-                return _binary_cross_entropy(logits, target, self.ignore_index, known)
-        loss = self.supervised(self._watched(logits, target), target)
+    def _check_changed_options(self) -> None:
+        super()._check_changed_options()
+        for name, part, kind in (
+            ("density", self.density, PatchDensityContrastLoss),
+            ("edge", self.edge, PatchEdgeContrastLoss),
+        ):
+            _checks.check_part(name, part, kind, self.ignore_index)
+            part._check_changed_options()
+
+    def _found(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
+        """The features for the terms, those given or the tap's; None where they are not needed."""
+        if features is None and self.tap is not None:
+            if needed:
+                return taken_features(self.tap, logits)
+            self.tap.drop()
+        if features is None and needed:
+            raise ValueError(
+                "features must be given, as criterion(logits, target, features) or by "
+                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped: set "
+                "criterion.tap = FeatureTap(model)"
+            )
+        return features if needed else None
+
+    def _given_supervised(self, supervised: Callable[..., Any], logits: Tensor, target: Tensor) -> Tensor:
+        if not self._learning_seen and _checks.may_read(target):
+            logits = watched(logits, plain(target), self.ignore_index, self._see_learning)
+        loss = supervised(logits, target)
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
         if loss.dim():
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
-        loss = _plain(loss)
+        loss = plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
-    def _watched(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The logits, whose gradient will tell whether a given supervised loss learns from ignored pixels."""
-        if torch.compiler.is_compiling() or self._learning_seen or target.is_meta or self._would_wait(target):
-            return logits
-        if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, self.ignore_index)):
-            return logits
-        logits = logits.view_as(logits)
-        logits.register_hook(lambda gradient: self._see_learning(_plain(gradient), _plain(target)))
-        return logits
-
-    def _see_learning(self, gradient: Tensor, target: Tensor) -> None:
-        """Warn once: of the first ignored pixels on the CPU, of those in the first batch where looking takes time."""
-        if self._learning_seen:
-            return
-        ignored = ~_lesion_and_valid(target, self.ignore_index)[1]
-        self._learning_seen = not target.is_cpu or bool(ignored.any())
-        if bool(gradient[ignored].any()):
+    def _see_learning(self, learns: bool) -> None:
+        """Warn once: of the first ignored pixels on the CPU; elsewhere, where looking waits, of the first batch."""
+        if learns and not self._learning_seen:
             warnings.warn(
                 f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), so it seems not to know "
                 "the value; tell it, often by ignore_index=, or, if it is to learn from these pixels, give "
                 "ignore_index to density and edge alone",
                 stacklevel=2,
             )
-
-    def _contrasts(self, features: Tensor, target: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        density, edge = self.density, self.edge
-        # A subclass may do as it likes in its forward; the two classes of this package share one pooling.
-        ours = type(density) is PatchDensityContrastLoss and type(edge) is PatchEdgeContrastLoss
-        both = self._uses_density and self._uses_edge
-        if not (ours and both and density._sides(target) == edge._sides(target)):
-            return (
-                density(features, target) if self._uses_density else zero,
-                edge(features, target) if self._uses_edge else zero,
-            )
-        features, target = density._checked(features, target)
-        if edge.ignore_index != density.ignore_index:
-            edge._check_values(target)
-        with _full_precision(target):
-            whole, *fraction = density._masks(target)
-            (bands,) = edge._masks(target)
-            masks = _opaque(_side_by_side, target)([whole, bands])
-            sums, counts = masked_sums(features, masks, edge._sides(target))
-            k = target.shape[1]
-            return (
-                density._contrast(sums[:, :k], counts[:, :k], *fraction),
-                edge._contrast(sums[:, k:], counts[:, k:]),
-            )
-
-
-def _shares_anchors(vectors: Tensor) -> bool:
-    """Whether each process contrasts its part of the anchors; on the CPU the whole, pairwise, is faster for a few."""
-    return not vectors.is_cpu
-
-
-def _tapped(tap: FeatureTap, logits: Tensor, used: bool) -> Tensor | None:
-    if not used:
-        tap.drop()
-        return None
-    features = tap.features
-    if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
-        raise ValueError(
-            f"features from the tap must require a gradient like logits, got features without from {tap}; where the "
-            "model has run again without gradients, call the criterion before that; a checkpointed layer needs "
-            "torch.utils.checkpoint(..., use_reentrant=False); where all before the last layer is frozen the terms can "
-            "train nothing: set alpha = beta = 0; where this is not the layer that makes the logits, give "
-            "FeatureTap(model, layer=NAME)"
-        )
-    if not torch.compiler.is_compiling():
-        check_origin(tap, logits)
-    return tap.take()
-
-
-def _binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None, known: bool) -> Tensor:
-    """Mean over the valid pixels of the cross-entropy with logits, in float32 at least; known: target is of 0 and 1."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not _ignores(target, ignore_index):
-        lesion = target.to(logits.dtype)
-        # What is not 0 is lesion: without a bool, which compiled code on the CPU would keep for the backward, slowly.
-        return F.binary_cross_entropy_with_logits(logits, lesion if known else lesion.sign().abs())
-    lesion, valid = _lesion_and_valid(target, ignore_index)
-    # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
-    logits = logits.masked_fill(~valid, 0)
-    total = F.binary_cross_entropy_with_logits(logits, lesion.to(logits.dtype), valid, reduction="sum")
-    return total / valid.sum().clamp(min=1)
-
-
-def _ignores(target: Tensor, ignore_index: int | None) -> bool:
-    return ignore_index is not None and _checks.holds(target.dtype, ignore_index)
-
-
-def _lesion_and_valid(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
-    lesion = target.bool()
-    if ignore_index is None or not _ignores(target, ignore_index):
-        return lesion, torch.ones_like(lesion)
-    valid = target != ignore_index
-    return lesion & valid, valid
-
-
-def _fraction(lesion: Tensor, valid: Tensor, sides: Sequence[int]) -> Tensor:
-    height, width = sides
-    return lesion_fraction(patch_counts(lesion, (height, width)), patch_counts(valid, (height, width)))
-
-
-def _density_masks(target: Tensor, sides: Sequence[int], ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Valid pixels, (B, K, H, W) bool, and the patches' lesion fractions, (B, K, gh, gw) float64."""
-    lesion, valid = _lesion_and_valid(target, ignore_index)
-    return valid, _fraction(lesion, valid, sides)
-
-
-def _edge_masks(
-    target: Tensor,
-    sides: Sequence[int],
-    inner_radius: Sequence[int],
-    outer_radius: Sequence[int],
-    footprint: str,
-    isolate_patches: bool,
-    density_threshold: float | None,
-    ignore_index: int | None,
-) -> Tensor:
-    """The inner bands of the K classes, then the outer ones, (B, 2 K, H, W) bool; radii are (sparse, dense)."""
-    lesion, valid = _lesion_and_valid(target, ignore_index)
-    background = outside = valid & ~lesion
-    size, patch = (target.shape[2], target.shape[3]), (sides[0], sides[1])
-    dense = None
-    if density_threshold is not None:
-        dense = (_fraction(lesion, valid, sides) > density_threshold).to(target.device)
-        dense = dense[..., None, None] if isolate_patches else at_pixels(dense, patch, size)
-    if isolate_patches:
-        lesion = cut_patches(lesion, patch, fill=False, margin=1)
-        outside = cut_patches(background, patch, fill=True, margin=1)
-        background = cut_patches(background, patch, fill=False, margin=1)
-        outside = outside & background.any(-1, keepdim=True).any(-2, keepdim=True)
-    bands = []
-    for contour, other, radii in ((inner_contour, outside, inner_radius), (outer_contour, background, outer_radius)):
-        band = contour(lesion, other, radii[0], footprint)
-        if dense is not None:
-            band = torch.where(dense, contour(lesion, other, radii[1], footprint), band)
-        bands.append(paste_patches(band, size, margin=1) if isolate_patches else band)
-    return _side_by_side(bands)
-
-
-def _side_by_side(masks: Sequence[Tensor]) -> Tensor:
-    """Masks (B, K, H, W) joined along K; as (B, K, H W), of whose memory format the compiler has no doubts."""
-    joined: Tensor = torch.cat([mask.flatten(2) for mask in masks], 1).unflatten(2, masks[0].shape[2:])
-    return joined
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor without its subclass, such as MONAI's MetaTensor."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def _full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast switched off; the meta device has none."""
-    return contextlib.nullcontext() if target.is_meta else torch.autocast(target.device.type, enabled=False)
-
-
-# What the CPU's compiled code calls as it is: made into C++, masks take a hundred times as long to store.
-_SCHEMAS: dict[Callable[..., Any], str] = {
-    _density_masks: "(Tensor target, int[] sides, int? ignore_index) -> (Tensor, Tensor)",
-    _edge_masks: "(Tensor target, int[] sides, int[] inner_radius, int[] outer_radius, str footprint, "
-    "bool isolate_patches, float? density_threshold, int? ignore_index) -> Tensor",
-    _side_by_side: "(Tensor[] masks) -> Tensor",
-}
-
-
-def _operator(masks: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    operator = torch.library.custom_op(
-        f"contrastive_exudate_loss::{masks.__name__.removeprefix('_')}", mutates_args=(), schema=schema
-    )(masks)
-    operator.register_fake(masks)
-    return operator
-
-
-_OPERATORS = {masks: _operator(masks, schema) for masks, schema in _SCHEMAS.items()}
-
-
-def _opaque(masks: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
-    """The function itself, or in compiled code on the CPU its operator."""
-    return _OPERATORS[masks] if target.is_cpu and torch.compiler.is_compiling() else masks
+        self._learning_seen = True

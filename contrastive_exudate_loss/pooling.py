@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from contrastive_exudate_loss.slots import blocks_of, filled_up, layout_of, resampled, slot_weights
 
 # A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
 SPARSE = 0.125
@@ -35,9 +36,11 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     """
     # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
     if features.is_cpu:
-        sums, counts, _ = _by_density(features, masks, sides)
+        sums, counts, _ = _sums_by_content(features, masks, sides)
+    elif torch.compiler.is_compiling():
+        sums, counts = _sums_by_shape(features, masks, sides, _fused)
     else:
-        sums, counts = _by_shape(features, masks, sides, _fused if torch.compiler.is_compiling() else _product)
+        sums, counts = _sums_by_shape(features, masks, sides, _product)
     return sums, counts.detach()
 
 
@@ -54,30 +57,30 @@ def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
-def _by_shape(
+def _sums_by_shape(
     features: Tensor, masks: Tensor, sides: Sequence[int], pool: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """All masks in one way, whose shapes depend on shapes alone."""
     features = features.to(_dtype(features))
-    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
-    weights = _weights(masks, layout, features.dtype)
+    layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights = slot_weights(masks, layout, features.dtype)
     slots = [axis.slots for axis in layout]
-    return pool(_filled_up(_resampled(features, layout), weights), weights, slots), _counts(
+    return pool(filled_up(resampled(features, layout), weights), weights, slots), _counts(
         weights, slots, features.dtype
     )
 
 
 def _product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     """One matrix product per patch; the features are copied on the way."""
-    blocks = _blocks(weights, slots).to(features.dtype)
-    sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", _blocks(features, slots), blocks)
+    blocks = blocks_of(weights, slots).to(features.dtype)
+    sums: Tensor = torch.einsum("bcyixj,btyixj->btyxc", blocks_of(features, slots), blocks)
     return sums
 
 
 def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     """Products that a compiler fuses with their sums: one reading of the features, and nothing of their size stored."""
-    blocks = _blocks(features, slots)
-    sums = [(blocks * _blocks(weight, slots)).sum((3, 5)) for weight in weights.split(1, 1)]
+    blocks = blocks_of(features, slots)
+    sums = [(blocks * blocks_of(weight, slots)).sum((3, 5)) for weight in weights.split(1, 1)]
     return torch.stack(sums, 1).movedim(2, -1)
 
 
@@ -86,26 +89,27 @@ def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     mutates_args=(),
     schema="(Tensor features, Tensor masks, int[] sides) -> (Tensor, Tensor, Tensor)",
 )
-def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_by_content(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Each mask in the cheapest way, which depends on the data; one operator, since compiled code is slow at masks.
 
     The third result are the weights, for the backward.
     """
     dtype = _dtype(features)
-    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
-    weights, slots = _weights(masks, layout, dtype), [axis.slots for axis in layout]
-    features, channels = _resampled(features, layout), features.shape[1]
+    layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights, slots = slot_weights(masks, layout, dtype), [axis.slots for axis in layout]
+    features, channels = resampled(features, layout), features.shape[1]
     grid = weights.shape[2] // slots[0], weights.shape[3] // slots[1]
     sums = features.new_zeros((*weights.shape[:2], *grid, channels), dtype=dtype)
-    few, level, rest = _densities(weights, features.shape[2:])
-    for rows, y in _row_chunks(features, slots, grid[0], READ if features.dtype == dtype else COPIED) if level else ():
-        part = _filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
+    scattered, constant, other = _by_content(weights, features.shape[2:])
+    read = READ if features.dtype == dtype else COPIED
+    for rows, y in _row_chunks(features, slots, grid[0], read) if constant else ():
+        part = filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
         totals = part.unflatten(2, (-1, slots[0])).sum(3).unflatten(3, (-1, slots[1])).sum(4)
-        sums[:, level, y] = _heights(weights, level) * totals.movedim(1, -1).unsqueeze(1)
-    for rows, y in _row_chunks(features, slots, grid[0], COPIED) if rest else ():
-        part = _filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
-        sums[:, rest, y] = _product(part, weights[:, rest, rows], slots)
-    for t in few:
+        sums[:, constant, y] = _heights(weights, constant) * totals.movedim(1, -1).unsqueeze(1)
+    for rows, y in _row_chunks(features, slots, grid[0], COPIED) if other else ():
+        part = filled_up(features[:, :, rows].to(dtype), weights[:, :, rows])
+        sums[:, other, y] = _product(part, weights[:, other, rows], slots)
+    for t in scattered:
         # In float64 torch adds in order; in float32 its threads race, and the last bits vary from run to run.
         total = torch.zeros_like(sums[:, t], dtype=torch.float64)
         for b, i, j in _pixels(weights[:, t], channels):
@@ -115,10 +119,10 @@ def _by_density(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[
     return sums, _counts(weights, slots, dtype), weights.clone() if weights is masks else weights
 
 
-@_by_density.register_fake
+@_sums_by_content.register_fake
 def _(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(masks.shape[2:], features.shape[2:], sides, features.device)
-    weights = _weights(masks, layout, _dtype(features))
+    layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
+    weights = slot_weights(masks, layout, _dtype(features))
     counts = _counts(weights, [axis.slots for axis in layout], _dtype(features))
     return counts.new_empty((*counts.shape, features.shape[1])), counts, torch.empty_like(weights)
 
@@ -137,23 +141,24 @@ def _features_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """Gradient of the features (B, C, *size) from that of the sums, written once."""
-    layout = _layout(pixels, size, sides, gradient.device)
+    layout = layout_of(pixels, size, sides, gradient.device)
     slots = [axis.slots for axis in layout]
     rows, columns = (length if axis.cell is None else len(axis.cell) for axis, length in zip(layout, size, strict=True))
     # Cells in several patches are added up in float32 before they are rounded.
     exact = all(axis.cell is None for axis in layout)
     batch, *_, channels = gradient.shape
     spread = gradient.new_empty((batch, channels, rows, columns), dtype=dtype if exact else gradient.dtype)
-    few, level, rest = _densities(weights, (rows, columns))
-    if level:
-        _write(spread, (_heights(weights, level) * gradient[:, level]).sum(1).movedim(-1, 1), slots)
+    scattered, constant, other = _by_content(weights, (rows, columns))
+    if constant:
+        _write(spread, (_heights(weights, constant) * gradient[:, constant]).sum(1).movedim(-1, 1), slots)
     else:
         spread.zero_()
-    for part, y in _row_chunks(spread, slots, weights.shape[2] // slots[0], COPIED) if rest else ():
-        blocks = _blocks(weights[:, rest, part], slots).to(gradient.dtype)
-        block = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, rest, y], blocks).flatten(4, 5).flatten(2, 3)
+    for part, y in _row_chunks(spread, slots, weights.shape[2] // slots[0], COPIED) if other else ():
+        blocks = blocks_of(weights[:, other, part], slots).to(gradient.dtype)
+        block = torch.einsum("btyxc,btyixj->bcyixj", gradient[:, other, y], blocks).flatten(4, 5).flatten(2, 3)
         spread[:, :, part] += block[:, :, : spread[:, :, part].shape[2], :columns]
-    for b, i, j in _pixels(functools.reduce(torch.logical_or, [weights[:, t] for t in few]), channels) if few else ():
+    anywhere = functools.reduce(torch.logical_or, [weights[:, t] for t in scattered]) if scattered else None
+    for b, i, j in () if anywhere is None else _pixels(anywhere, channels):
         vectors = gradient.new_zeros(len(b), channels)
         for t in range(weights.shape[1]):
             vectors.addcmul_(gradient[b, t, i // slots[0], j // slots[1]], weights[b, t, i, j, None].to(vectors.dtype))
@@ -191,24 +196,34 @@ def _refuse(ctx: Any, gradient: Tensor) -> None:
     raise NotImplementedError("the contrastive terms have no second derivative; differentiate them once")
 
 
-_by_density.register_autograd(_backward, setup_context=_keep_weights)
+_sums_by_content.register_autograd(_backward, setup_context=_keep_weights)
 _features_gradient.register_autograd(_refuse)
 
 
-def _densities(weights: Tensor, size: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """The masks to be summed pixel by pixel, those that are constant, to be added up whole, and all others."""
-    few: list[int] = []
-    level: list[int] = []
-    rest: list[int] = []
+class _Content(NamedTuple):
+    """Masks by what they hold.
+
+    scattered: of few pixels, to be summed pixel by pixel.
+    constant: of one weight everywhere, to be added up whole.
+    other: to be multiplied with the features.
+    """
+
+    scattered: list[int]
+    constant: list[int]
+    other: list[int]
+
+
+def _by_content(weights: Tensor, size: Sequence[int]) -> _Content:
+    content = _Content([], [], [])
     for t, weight in enumerate(weights[..., : size[0], : size[1]].unbind(1)):
         count = int(weight.count_nonzero())
         if count <= SPARSE * weight.numel():
-            few.append(t)
+            content.scattered.append(t)
         elif count == weight.numel() and (weight.dtype == torch.bool or bool(weight.min() == weight.max())):
-            level.append(t)
+            content.constant.append(t)
         else:
-            rest.append(t)
-    return few, level, rest
+            content.other.append(t)
+    return content
 
 
 def _pixels(weights: Tensor, channels: int) -> Iterator[tuple[Tensor, ...]]:
@@ -235,8 +250,8 @@ def _write(image: Tensor, patches: Tensor, slots: Sequence[int]) -> None:
         part.copy_(patches[:, :, y, None, x, None])
 
 
-def _heights(weights: Tensor, level: list[int]) -> Tensor:
-    return weights[0, level, 0, 0, None, None, None]
+def _heights(weights: Tensor, constant: list[int]) -> Tensor:
+    return weights[0, constant, 0, 0, None, None, None]
 
 
 def _row_chunks(features: Tensor, slots: Sequence[int], grid_rows: int, limit: int) -> list[tuple[slice, slice]]:
@@ -247,83 +262,9 @@ def _row_chunks(features: Tensor, slots: Sequence[int], grid_rows: int, limit: i
     return [(slice(y.start * slots[0], y.stop * slots[0]), y) for y in patch_rows]
 
 
-def _blocks(tensor: Tensor, slots: Sequence[int]) -> Tensor:
-    """(B, N, rows, columns) as (B, N, gh, rows per patch, gw, columns per patch)."""
-    blocks: Tensor = tensor.unflatten(3, (-1, slots[1])).unflatten(2, (-1, slots[0]))
-    return blocks
-
-
 def _counts(weights: Tensor, slots: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return _blocks(weights, slots).sum((3, 5)).to(dtype)
-
-
-class _Axis(NamedTuple):
-    """How an axis of the target lies over that of the features; a slot is what of a cell lies in one patch.
-
-    slots: in a patch.
-    missing: pixels to add, so that all patches are whole.
-    stride: pixels in a slot, where each slot is a cell.
-    cell: (slots of all patches,), the cell of each, where a cell may lie in several patches; else None.
-    slot: (pixels,), the slot of each, there; else None.
-    """
-
-    slots: int
-    missing: int
-    stride: int
-    cell: Tensor | None
-    slot: Tensor | None
-
-
-def _layout(pixels: Sequence[int], size: Sequence[int], sides: Sequence[int], device: torch.device) -> list[_Axis]:
-    """Rows and columns of a target of so many pixels, in patches of these sides, over features of this size."""
-    return [_axis(*lengths, device) for lengths in zip(pixels, size, sides, strict=True)]
-
-
-def _axis(pixels: int, cells: int, side: int, device: torch.device) -> _Axis:
-    stride = pixels // cells
-    if not (pixels % cells or side % stride):
-        return _Axis(side // stride, -pixels % side, stride, None, None)
-    # Each patch gets a slot for every cell that it touches, the first at the same place in all.
-    starts = range(0, pixels, side)
-    slots = 1 + max((min(start + side, pixels) - 1) * cells // pixels - start * cells // pixels for start in starts)
-    first = torch.arange(0, pixels, side, device=device) * cells // pixels
-    pixel = torch.arange(pixels, device=device)
-    patch = pixel // side
-    cell = (first[:, None] + torch.arange(slots, device=device)).clamp(max=cells - 1).flatten()
-    return _Axis(slots, 0, 1, cell, patch * slots + pixel * cells // pixels - first[patch])
-
-
-def _weights(masks: Tensor, layout: Sequence[_Axis], dtype: torch.dtype) -> Tensor:
-    """The masks pooled down to pixels per slot, (B, T, gh rows, gw columns); at stride 1 the masks, as bool."""
-    weights = masks
-    for n, axis in enumerate(layout, 2):
-        if axis.cell is None or axis.slot is None:
-            weights = _padded(weights, n, weights.shape[n] + axis.missing)
-            if axis.stride > 1:
-                weights = weights.unflatten(n, (-1, axis.stride)).sum(n + 1, dtype=dtype)
-        else:
-            shape = [*weights.shape[:n], len(axis.cell), *weights.shape[n + 1 :]]
-            weights = weights.new_zeros(shape, dtype=dtype).index_add_(n, axis.slot, weights.to(dtype))
-    return weights
-
-
-def _resampled(features: Tensor, layout: Sequence[_Axis]) -> Tensor:
-    """The features with a row and a column for each slot."""
-    for n, axis in enumerate(layout, 2):
-        if axis.cell is not None:
-            features = features.index_select(n, axis.cell)
-    return features
-
-
-def _filled_up(features: Tensor, weights: Tensor) -> Tensor:
-    """The features with rows and columns of 0 for the slots of partial patches."""
-    return _padded(_padded(features, 2, weights.shape[2]), 3, weights.shape[3])
+    return blocks_of(weights, slots).sum((3, 5)).to(dtype)
 
 
 def _dtype(features: Tensor) -> torch.dtype:
     return torch.promote_types(features.dtype, torch.float32)
-
-
-def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    missing = size - tensor.shape[axis]
-    return F.pad(tensor, (0, 0) * (3 - axis) + (0, missing)) if missing else tensor

@@ -20,7 +20,7 @@ OPTIONS = [
     (BOTH, {"patch_size": (16, 16)}, TypeError, "patch_size must be an int"),
     (BOTH, {"num_patches": 0}, ValueError, "num_patches must be an int >= 1, got 0"),
     (BOTH, {"num_patches": "8"}, TypeError, "num_patches must be an int >= 1, got '8' of type str"),
-    (BOTH, {"patch_size": 16, "num_patches": 16}, ValueError, "give patch_size or num_patches, not both, got 16 and 16"),
+    (BOTH, {"patch_size": 16, "num_patches": 16}, ValueError, "give one of patch_size and num_patches and leave the other None, got patch_size=16 and num_patches=16"),
     (BOTH, {"temperature": 0}, ValueError, "temperature must be a number >= 0.001 and finite in float32, got 0"),
     (BOTH, {"temperature": -1.0}, ValueError, "temperature must be"),
     (BOTH, {"temperature": math.inf}, ValueError, "temperature must be a number >= 0.001 and finite in float32, got inf"),
@@ -216,8 +216,13 @@ def test_weights_are_checked_when_set(name):
         ("edge", "temperature", 0, "temperature must be a number >= 0.001"),
         ("edge", "ignore_index", 1, "ignore_index must be neither 0 (background) nor 1 (lesion), got 1"),
         ("density", "patch_size", 0, "patch_size must be an int >= 1, got 0"),
-        ("density", "patch_size", None, "give patch_size or num_patches, not both, got None and None"),
-        ("density", "num_patches", 5, "give patch_size or num_patches, not both, got 16 and 5"),
+        (
+            "density",
+            "patch_size",
+            None,
+            "give one of patch_size and num_patches and leave the other None, got patch_size=None and",
+        ),
+        ("density", "num_patches", 5, "leave the other None, got patch_size=16 and num_patches=5"),
         ("density", "max_patches", 1, "max_patches must be an int >= 2, got 1"),
         ("density", "select", 1, "select must be an int >= 2, got 1"),
         (None, "edge", None, "edge must be None or a PatchEdgeContrastLoss, got NoneType"),
@@ -227,14 +232,45 @@ def test_weights_are_checked_when_set(name):
         (None, "ignore_index", 255, "density must have ignore_index=255 like the criterion, got None"),
     ],
 )
-def test_options_are_checked_when_set_and_stay_as_they_were(part, name, value, text):
+def test_options_that_are_set_are_checked_by_each_call_until_they_make_sense(part, name, value, text):
     criterion = Combined()
     owner = criterion if part is None else getattr(criterion, part)
     before = getattr(owner, name)
-    with pytest.raises((TypeError, ValueError), match=re.escape(text)):
-        setattr(owner, name, value)
-    assert getattr(owner, name) is before
+    setattr(owner, name, value)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+            criterion(LOGITS, MASK, FEATURES)
+    setattr(owner, name, before)
     assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined()(LOGITS, MASK, FEATURES))
+
+
+def test_the_way_from_patch_size_to_num_patches_leads_through_both_or_neither():
+    for steps in ({"num_patches": 4, "patch_size": None}, {"patch_size": None, "num_patches": 4}):
+        term = Density()
+        for name, value in steps.items():
+            setattr(term, name, value)
+        assert torch.equal(term(FEATURES, MASK), Density(num_patches=4)(FEATURES, MASK))
+
+
+def test_a_part_that_comes_to_contradict_the_criterion_is_refused():
+    criterion = Combined(ignore_index=-1)
+    criterion.density.ignore_index = 5
+    criterion.density(FEATURES, MASK)  # by itself it makes sense
+    with pytest.raises(ValueError, match="density must have ignore_index=-1 like the criterion, got 5"):
+        criterion(LOGITS, MASK, FEATURES)
+
+
+def test_options_are_not_checked_again_while_none_is_set(monkeypatch):
+    criterion, calls = Combined(), []
+    monkeypatch.setattr(Density, "_check_options", lambda term: calls.append(term))
+    criterion(LOGITS, MASK, FEATURES)
+    criterion.eval()
+    criterion.alpha = 0.5
+    criterion(LOGITS, MASK, FEATURES)
+    assert not calls
+    criterion.density.temperature = 0.1
+    criterion(LOGITS, MASK, FEATURES)
+    assert calls == [criterion.density]
 
 
 def test_options_that_make_sense_can_be_set():

@@ -17,7 +17,7 @@ from contrastive_exudate_loss import (
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
-    losses,
+    _terms,
 )
 from contrastive_exudate_loss.pooling import masked_sums
 
@@ -91,7 +91,7 @@ def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, monkeypat
         calls.append(arguments)
         return masked_sums(*arguments)
 
-    monkeypatch.setattr(losses, "masked_sums", counted)
+    monkeypatch.setattr(_terms, "masked_sums", counted)
     CombinedExudateLoss(edge=PatchEdgeContrastLoss(edge_side))(*batch())
     assert len(calls) == poolings
 

@@ -18,18 +18,19 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from strategies import CONTRASTS
 
 from contrastive_exudate_loss import contrast as module
-from contrastive_exudate_loss.contrast import best_of_each_label, contrast_loss, directions
+from contrastive_exudate_loss import contrast_pairs, contrast_rows
+from contrastive_exudate_loss.contrast import contrast_loss, directions, first_of_each_label
 
 OPERATOR = module._loss_and_gradient  # before any test puts another in its place
 
 
-def by_mask(z, *arguments):
-    return module._by_mask(z, *arguments, range(len(z)))
+def by_rows(z, *arguments, fill=contrast_rows.filled_by_mask):
+    return contrast_rows.loss_by_rows(z, *arguments, range(len(z)), fill)
 
 
-def in_parts(z, ones, zeros, *arguments):
+def in_parts(z, label_1, label_0, *arguments):
     """The operator as processes call it that share out the anchors."""
-    results = [OPERATOR(z, ones, ones | zeros, *arguments, part, 3) for part in range(3)]
+    results = [OPERATOR(z, label_1, label_1 | label_0, *arguments, part, 3) for part in range(3)]
     return tuple(sum(tensors) for tensors in zip(*results, strict=True))
 
 
@@ -37,7 +38,7 @@ def in_parts(z, ones, zeros, *arguments):
 def interpreted():
     """The kernel's file once more, for Triton's interpreter, which runs on the CPU."""
     pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("interpreted", Path(module.__file__).with_name("triton_rows.py"))
+    spec = importlib.util.spec_from_file_location("interpreted", Path(module.__file__).with_name("contrast_triton.py"))
     rows = importlib.util.module_from_spec(spec)
     own = [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]
     # Triton's own functions are made for the interpreter or for a GPU when they are imported.
@@ -50,11 +51,10 @@ def interpreted():
 
 
 def by_kernel(*arguments):
-    with mock.patch.object(module, "_filled_by_mask", interpreted()):
-        return by_mask(*arguments)
+    return by_rows(*arguments, fill=interpreted())
 
 
-WAYS = {"by label": module._by_label, "by mask": by_mask, "in parts": in_parts, "by kernel": by_kernel}
+WAYS = {"by pairs": contrast_pairs.loss_by_pairs, "by rows": by_rows, "in parts": in_parts, "by kernel": by_kernel}
 LIBRARY = {"nt_xent": NTXentLoss, "sup_con": SupConLoss}
 
 
@@ -68,7 +68,8 @@ def way(request, monkeypatch):
         return chosen(z, labels & present, ~labels & present, temperature, contrast, with_gradient)
 
     monkeypatch.setattr(module, "_loss_and_gradient", forced)
-    monkeypatch.setattr(module, "TILE", 20)
+    monkeypatch.setattr(contrast_pairs, "TILE", 20)
+    monkeypatch.setattr(contrast_rows, "TILE", 160)
 
 
 @st.composite
@@ -262,70 +263,72 @@ def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_all_ways_give_a_contiguous_gradient_of_any_input(contrast):
     z, *_ = directions(torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).T)
-    ones = torch.arange(9) < 4
+    label_1 = torch.arange(9) < 4
     for way in WAYS.values():
-        assert way(z, ones, ~ones, 0.05, contrast, True)[1].is_contiguous()
+        assert way(z, label_1, ~label_1, 0.05, contrast, True)[1].is_contiguous()
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_all_ways_give_an_empty_gradient_where_none_is_asked_for(contrast):
     z, *_ = directions(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
-    ones = torch.arange(9) < 4
+    label_1 = torch.arange(9) < 4
     for way in WAYS.values():
-        loss, gradient = way(z, ones, ~ones, 0.05, contrast, False)
-        torch.testing.assert_close(loss, way(z, ones, ~ones, 0.05, contrast, True)[0])
+        loss, gradient = way(z, label_1, ~label_1, 0.05, contrast, False)
+        torch.testing.assert_close(loss, way(z, label_1, ~label_1, 0.05, contrast, True)[0])
         assert gradient.shape == (0,)
 
 
-@pytest.mark.parametrize(("parts", "by_label"), [(1, 1), (2, 0)])
-def test_on_the_cpu_the_whole_is_contrasted_label_by_label(parts, by_label, monkeypatch):
-    calls, way = [], module._by_label
-    monkeypatch.setattr(module, "_by_label", lambda *arguments: calls.append(arguments) or way(*arguments))
+@pytest.mark.parametrize(("parts", "by_pairs"), [(1, 1), (2, 0)])
+def test_on_the_cpu_the_whole_is_contrasted_by_pairs(parts, by_pairs, monkeypatch):
+    calls, way = [], contrast_pairs.loss_by_pairs
+    monkeypatch.setattr(module, "loss_by_pairs", lambda *arguments: calls.append(arguments) or way(*arguments))
     labels = torch.arange(6) < 3
     contrast_loss(torch.ones(6, 2), labels, labels | True, temperature=0.05, parts=parts)
-    assert len(calls) == by_label
+    assert len(calls) == by_pairs
 
 
 def test_where_triton_cannot_run_a_warning_says_why_and_other_operators_do_it(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no C compiler")
 
-    rows = pytest.importorskip("contrastive_exudate_loss.triton_rows")
+    rows = pytest.importorskip("contrastive_exudate_loss.contrast_triton")
     monkeypatch.setattr(rows, "filled_by_triton", refuse)
-    with pytest.warns(UserWarning, match="without Triton on cpu and take longer: RuntimeError: no C compiler"):
-        fill = module._fill_on_cuda.__wrapped__(torch.device("cpu"))
-    assert fill is module._filled_by_mask
+    with pytest.warns(UserWarning, match="on cpu, so .* fall back to slower code: RuntimeError: no C comp"):
+        fill = module._filled_on_cuda.__wrapped__(torch.device("cpu"))
+    assert fill is contrast_rows.filled_by_mask
 
 
 def test_an_exhausted_memory_is_no_verdict_on_triton(monkeypatch):
     def refuse(*_):
         raise torch.OutOfMemoryError
 
-    rows = pytest.importorskip("contrastive_exudate_loss.triton_rows")
+    rows = pytest.importorskip("contrastive_exudate_loss.contrast_triton")
     monkeypatch.setattr(rows, "filled_by_triton", refuse)
     with pytest.raises(torch.OutOfMemoryError):
-        module._fill_on_cuda.__wrapped__(torch.device("cpu"))
+        module._filled_on_cuda.__wrapped__(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 200])
-def test_tiles_of_masks_hold_as_many_rows_as_eight_tiles_of_pairs(total, monkeypatch):
-    monkeypatch.setattr(module, "TILE", 13)
+def test_a_tile_holds_as_many_whole_rows_as_fit_and_one_at_least(total, monkeypatch):
+    monkeypatch.setattr(contrast_rows, "TILE", 104)
     shapes = []
-    monkeypatch.setitem(module._ROWS, "nt_xent", lambda pos, neg: shapes.append(pos.shape) or pos.new_zeros(len(pos)))
+    monkeypatch.setitem(
+        contrast_rows._ROWS, "nt_xent", lambda pos, neg: shapes.append(pos.shape) or pos.new_zeros(len(pos))
+    )
     labels = torch.arange(total) % 2 > 0
-    module._by_mask(torch.zeros(total, 2), labels, ~labels, 1.0, "nt_xent", False, range(total))
+    by_rows(torch.zeros(total, 2), labels, ~labels, 1.0, "nt_xent", False)
     assert sum(rows for rows, _ in shapes) == total
     rows = max(rows for rows, _ in shapes)
-    assert rows == max(1, sum(n * total <= 8 * 13 for n in range(1, total + 1)))
+    assert rows == max(1, sum(n * total <= 104 for n in range(1, total + 1)))
 
 
 @pytest.mark.parametrize("total", [2, 3, 6, 30])
 def test_tiles_of_pairs_hold_every_pair_once_and_no_more_than_a_tile(total, monkeypatch):
-    monkeypatch.setattr(module, "TILE", 13)
+    monkeypatch.setattr(contrast_pairs, "TILE", 13)
     vectors = torch.randn(total, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = torch.full((total, total), math.nan, dtype=torch.float64)
     buffer = vectors.new_empty(max(13, total))
-    for row, column, tile in module._pairs(vectors, 0.5, buffer, fill=math.inf):
+    for row, column, tile in contrast_pairs._pairs(vectors, 0.5, buffer, fill=math.inf):
         left = total - row.start
         assert len(tile) == min(left, max(1, 13 // left))
         filled = tile == math.inf
@@ -336,14 +339,14 @@ def test_tiles_of_pairs_hold_every_pair_once_and_no_more_than_a_tile(total, monk
 
 
 @given(batches(), st.integers(1, 5))
-def test_best_of_each_label_equals_sorting(batch, limit):
+def test_first_of_each_label_equals_sorting(batch, limit):
     _, labels, present = batch
-    priority = torch.arange(len(labels)) % 3  # many ties
-    index, kept = best_of_each_label(priority, labels, present, limit)
+    rank = torch.arange(len(labels)) % 3  # many ties
+    index, kept = first_of_each_label(rank, labels, present, limit)
     wanted = []
     for label in (True, False):
         members = [i for i in range(len(labels)) if present[i] and labels[i] == label]
-        wanted += sorted(members, key=lambda i: int(priority[i]))[:limit]
+        wanted += sorted(members, key=lambda i: int(rank[i]))[:limit]
     assert index[kept].tolist() == wanted
     assert len(index) == 2 * min(len(labels), limit)
 
@@ -354,7 +357,7 @@ def test_sum_of_softplus_equals_its_terms_to_float32_rounding(width, seed, level
     x = level + torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
     x[0, 0] = -math.inf  # no pair
     wanted = torch.nn.functional.softplus(x.double(), threshold=1000).sum(), x.double().sigmoid()
-    got = module._softplus_to_sigmoid_(x, torch.empty_like(x))
+    got = contrast_pairs._softplus_to_sigmoid_(x, torch.empty_like(x))
     torch.testing.assert_close(got.double(), wanted[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(x.double(), wanted[1], rtol=1e-5, atol=1e-12)
 
@@ -363,7 +366,7 @@ def test_sum_of_softplus_equals_its_terms_to_float32_rounding(width, seed, level
 def test_one_logarithm_is_taken_for_64_values_and_another_where_digits_were_lost(loss, again):
     x = torch.full((1, 70 * 64 + 3), math.log(math.expm1(loss)))
     with Calls() as calls:
-        module._softplus_to_sigmoid_(x, torch.empty_like(x))
+        contrast_pairs._softplus_to_sigmoid_(x, torch.empty_like(x))
     assert calls.sizes["log"][:2] == [70, 3]
     assert calls.sizes["log1p"] == again
 

@@ -16,6 +16,7 @@ from contrastive_exudate_loss import (
     FeatureTap,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    contrast_rows,
 )
 from contrastive_exudate_loss import contrast as contrast_module
 
@@ -77,7 +78,9 @@ def test_the_forward_runs_on_fake_cuda_tensors(loss, chosen, monkeypatch):
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_the_contrast_of_other_devices_looks_at_no_data(contrast):
     z, labels = torch.empty(50, 3, device="meta"), torch.empty(50, device="meta", dtype=torch.bool)
-    loss, gradient = contrast_module._by_mask(z, labels, ~labels, 0.05, contrast, True, range(50))
+    loss, gradient = contrast_rows.loss_by_rows(
+        z, labels, ~labels, 0.05, contrast, True, range(50), contrast_rows.filled_by_mask
+    )
     assert (loss.shape, gradient.shape) == ((), z.shape)
 
 
@@ -215,7 +218,7 @@ def test_many_embeddings_on_cuda_equal_those_on_the_cpu(contrast):
     before = torch.cuda.memory_allocated()
     assert_cuda_equals_cpu_without_synchronisation(module, module, features, target)
     # One tile, the embeddings, and what compares; not the 829 MB of all similarities.
-    assert torch.cuda.max_memory_allocated() - before < 1.5 * 32 * contrast_module.TILE * 4
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * contrast_rows.TILE_ON_CUDA * 4
 
 
 @pytest.mark.cuda
@@ -256,7 +259,7 @@ def test_without_triton_cuda_gives_the_same(contrast, monkeypatch):
     _, target, features = batch(images=3)
     term = PatchDensityContrastLoss(4, contrast=contrast)
     losses = [term(features.cuda(), target.cuda())]
-    monkeypatch.setattr(contrast_module, "_fill_on_cuda", lambda device: contrast_module._filled_by_mask)
+    monkeypatch.setattr(contrast_module, "_filled_on_cuda", lambda device: contrast_rows.filled_by_mask)
     losses.append(term(features.cuda(), target.cuda()))
     torch.testing.assert_close(*losses)
     (a,), (b,) = (gradients(loss, features) for loss in losses)
@@ -265,7 +268,7 @@ def test_without_triton_cuda_gives_the_same(contrast, monkeypatch):
 
 @pytest.mark.cuda
 def test_triton_is_used_on_cuda():
-    assert contrast_module._fill_on_cuda(torch.device("cuda", 0)).__name__ == "filled_by_triton"
+    assert contrast_module._filled_on_cuda(torch.device("cuda", 0)).__name__ == "filled_by_triton"
 
 
 @pytest.mark.cuda

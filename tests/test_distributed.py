@@ -20,7 +20,7 @@ from contrastive_exudate_loss import (
     FeatureTap,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
-    losses,
+    _terms,
 )
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
 
@@ -74,7 +74,7 @@ OPTIONS = {
 
 def gathered(rank, count, name, options, share, classes, shared):
     images, weight, target = batch(classes)
-    losses._shares_anchors = lambda _: shared
+    _terms._shares_anchors = lambda _: shared
     own = part(share, rank)
     loss = TERMS[name](**options, ignore_index=-1, gather_distributed=True)(
         features_of(images[own], weight), target[own]
@@ -114,7 +114,7 @@ def test_so_they_do_where_they_share_out_the_anchors_as_on_cuda(share, term, con
 
 @pytest.mark.parametrize(("device", "shared"), [("cpu", False), ("meta", True)])
 def test_on_the_cpu_each_process_contrasts_the_whole(device, shared):
-    assert losses._shares_anchors(torch.empty(0, device=device)) == shared
+    assert _terms._shares_anchors(torch.empty(0, device=device)) == shared
 
 
 def of_other_sizes(rank, count, name):
@@ -365,7 +365,7 @@ def sent(rank, count, shared, ignored=False):
     if ignored:
         target = torch.full_like(target, -1)
     own = part((3, 1, 2)[:count], rank)
-    losses._shares_anchors = lambda _: shared
+    _terms._shares_anchors = lambda _: shared
     dist.all_gather, dist.all_reduce = map(counting, collectives)
     features = features_of(images[own], weight)
     PatchDensityContrastLoss(8, ignore_index=-1, gather_distributed=True)(features, target[own]).backward()

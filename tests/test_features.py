@@ -114,7 +114,9 @@ def test_parts_called_by_hand_leave_nothing_in_the_tap():
 def test_no_layer_is_said_with_those_that_ran():
     net = Net(lambda net, x: net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
     FeatureTap(net)
-    with pytest.raises(ValueError, match=r"no convolution or linear layer .* makes the logits; .*there ran 'gate'"):
+    with pytest.raises(
+        ValueError, match=r"no convolution or linear layer .* makes the logits; .*layers that ran: 'gate'"
+    ):
         net(IMAGES)
 
 
@@ -347,7 +349,7 @@ def test_other_logits_than_the_main_ones_need_their_layer():
     net = Net(outcome, extra=nn.Conv2d(6, 1, 1))
     criterion = CombinedExudateLoss(features=FeatureTap(net))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"must be made of the model's main ones, .*in place of .*'head'"):
+        with pytest.raises(ValueError, match=r"must be made from the model's main ones, .*in place of .*'head'"):
             criterion(net(IMAGES)[1], TARGET)
         assert criterion(net(IMAGES)[0], TARGET).isfinite()
     assert CombinedExudateLoss(features=FeatureTap(net, "extra"))(net(IMAGES)[1], TARGET).isfinite()
@@ -566,5 +568,5 @@ def test_a_head_that_is_no_layer_is_said():
     net = Net(lambda net, x: nn.functional.conv2d(net.body(x), net.weight))
     net.weight = nn.Parameter(torch.ones(1, 6, 1, 1))
     FeatureTap(net)
-    with pytest.raises(ValueError, match=r"a convolution outside of these makes them; give FeatureTap\(model, layer"):
+    with pytest.raises(ValueError, match=r"a convolution that is none of these makes them; give FeatureTap\(model"):
         net(IMAGES)

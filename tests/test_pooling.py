@@ -21,7 +21,7 @@ def way(request, monkeypatch):
     """Every way of summing that the masks may choose on the CPU, and those of other devices, eager and compiled."""
     if request.param in OTHER_DEVICES:
         pool = OTHER_DEVICES[request.param]
-        monkeypatch.setattr(pooling, "_by_density", lambda *inputs: (*pooling._by_shape(*inputs, pool), None))
+        monkeypatch.setattr(pooling, "_sums_by_content", lambda *inputs: (*pooling._sums_by_shape(*inputs, pool), None))
     elif request.param != "as chosen":
         monkeypatch.setattr(pooling, "SPARSE", 1 if request.param == "pixel by pixel" else -1)
         monkeypatch.setattr(pooling, "COPIED", 100)
@@ -202,22 +202,22 @@ def test_pixels_of_bool_rows_are_looked_at_eight_at_a_time(weights, sizes):
 @pytest.mark.parametrize(
     ("values", "way"),
     [
-        ([0.0] * 64, "few"),
-        ([1.0] * 8 + [0.0] * 56, "few"),  # an eighth
-        ([1.0] * 9 + [0.0] * 55, "rest"),
-        ([1.0] * 63 + [0.0], "rest"),
-        ([1.0] * 64, "level"),
-        ([3.0] * 64, "level"),
-        ([3.0] * 63 + [2.0], "rest"),
-        ([2.0] + [3.0] * 63, "rest"),
+        ([0.0] * 64, "scattered"),
+        ([1.0] * 8 + [0.0] * 56, "scattered"),  # an eighth
+        ([1.0] * 9 + [0.0] * 55, "other"),
+        ([1.0] * 63 + [0.0], "other"),
+        ([1.0] * 64, "constant"),
+        ([3.0] * 64, "constant"),
+        ([3.0] * 63 + [2.0], "other"),
+        ([2.0] + [3.0] * 63, "other"),
     ],
 )
 def test_few_pixels_are_summed_one_by_one_and_constant_weights_all_at_once(values, way):
     weights = torch.tensor(values).reshape(1, 1, 4, 16)
     padded = torch.nn.functional.pad(weights, (0, 3, 0, 2), value=5.0)  # of slots that are no cells
     for dtype in (torch.float32, torch.bool) if max(values) <= 1 else (torch.float32,):
-        found = dict(zip(("few", "level", "rest"), pooling._densities(padded.to(dtype), (4, 16)), strict=True))
-        assert found == {"few": [], "level": [], "rest": []} | {way: [0]}
+        found = pooling._by_content(padded.to(dtype), (4, 16))._asdict()
+        assert found == {"scattered": [], "constant": [], "other": []} | {way: [0]}
 
 
 @pytest.mark.parametrize("limit", [1, 40, 95, 96, 200, 10**6])
@@ -232,41 +232,11 @@ def test_chunks_hold_as_many_rows_of_patches_as_fit_and_one_at_least(limit):
         assert 0 < patches.stop - patches.start <= fitting
 
 
-@pytest.mark.parametrize(
-    ("pixels", "cells", "side", "as_they_are"),
-    [
-        (16, 16, 5, True),
-        (16, 4, 8, True),
-        (12, 4, 3, True),
-        (18, 6, 12, True),
-        (16, 4, 6, False),  # a cell in two patches
-        (16, 2, 4, False),
-        (20, 7, 20, False),  # no stride
-        (20, 40, 4, False),
-    ],
-)
-def test_features_are_read_as_they_are_where_each_cell_is_whole_and_in_one_patch(pixels, cells, side, as_they_are):
-    assert (pooling._axis(pixels, cells, side, torch.device("cpu")).cell is None) == as_they_are
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
-@example(20, 7, 5)
-@example(16, 4, 6)
-def test_a_patch_has_as_many_slots_as_the_most_cells_that_one_touches(pixels, cells, side):
-    side = min(side, pixels)
-    axis = pooling._axis(pixels, cells, side, torch.device("cpu"))
-    cell = reference.cells(pixels, cells)
-    most = max(len(set(cell[start : start + side])) for start in range(0, pixels, side))
-    if cells <= pixels:  # or there are cells between, which no pixel touches
-        assert axis.slots == most
-    assert axis.slots >= most
-
-
 @given(cases())
 def test_custom_operators_keep_the_rules_of_torch_library(case):
     features, mask, sides = case
     inputs = features.requires_grad_(), mask, sides
-    torch.library.opcheck(pooling._by_density, inputs, test_utils=RULES)
-    sums, _, weights = pooling._by_density(*inputs)
+    torch.library.opcheck(pooling._sums_by_content, inputs, test_utils=RULES)
+    sums, _, weights = pooling._sums_by_content(*inputs)
     sizes = mask.shape[2:], features.shape[2:], sides, features.dtype
     torch.library.opcheck(pooling._features_gradient, (sums.detach(), weights, *sizes), test_utils=RULES)

@@ -8,26 +8,15 @@ from torch import Tensor
 BLOCK = 1024  # columns at a time
 
 
-def filled_by_triton(s: Tensor, losses: Tensor, ones: Tensor, zeros: Tensor, start: int, contrast: str) -> None:
-    """Losses of some anchors, whose similarities become the gradient.
-
-    Args:
-        s: (rows, M), floating, contiguous: similarities of the anchors from start on with all embeddings, divided by
-            the temperature. Becomes the derivative of the losses' sum by the similarities.
-        losses: (rows,), of the same dtype, to be written: nt_xent's sum over an anchor's pairs, sup_con's mean; 0
-            without a pair or without a negative.
-        ones: (M,), bool: the embeddings of label 1.
-        zeros: (M,), bool: those of label 0; all others count for nothing.
-        start: index of the first anchor.
-        contrast: "nt_xent" or "sup_con".
-    """
-    flags = ones.view(torch.uint8), zeros.view(torch.uint8)
+def filled_by_triton(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, start: int, contrast: str) -> None:
+    """What contrast_rows.filled_by_mask does, as one kernel; the arguments are the same."""
+    flags = label_1.view(torch.uint8), label_0.view(torch.uint8)
     with torch.cuda.device_of(s):  # Triton launches on the current device
         _fill[(len(s),)](s, losses, *flags, start, s.shape[1], contrast == "sup_con", BLOCK)
 
 
 @triton.jit(do_not_specialize=["start"])
-def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl.constexpr):
+def _fill(s, losses, label_1, label_0, start, total, sup_con: tl.constexpr, block: tl.constexpr):
     """One program an anchor: its logsumexp, then its loss, then its row of the gradient."""
     row = tl.program_id(0)
     anchor = start + row
@@ -36,7 +25,7 @@ def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl
     top, exps, negatives = nothing, tl.full([], 0, nothing.dtype), 0
     for first in range(0, total, block):
         column = first + tl.arange(0, block)
-        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        inside, pair, negative = _partners(label_1, label_0, anchor, column, total)
         value = tl.where(negative | pair if sup_con else negative, tl.load(s + column, inside, 0), nothing)
         higher = tl.maximum(top, tl.max(value, 0))
         shift = tl.where(higher == nothing, 0, higher)
@@ -47,7 +36,7 @@ def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl
     loss, weight = tl.full([], 0, nothing.dtype), tl.full([], 0, nothing.dtype)
     for first in range(0, total, block):
         column = first + tl.arange(0, block)
-        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        inside, pair, negative = _partners(label_1, label_0, anchor, column, total)
         x = lse - tl.load(s + column, inside, 0)
         if sup_con:
             part, share = x, tl.full([block], 1, x.dtype)
@@ -62,7 +51,7 @@ def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl
         weight += tl.sum(tl.where(pair, share, 0), 0)
     for first in range(0, total, block):
         column = first + tl.arange(0, block)
-        inside, pair, negative = _partners(ones, zeros, anchor, column, total)
+        inside, pair, negative = _partners(label_1, label_0, anchor, column, total)
         x = lse - tl.load(s + column, inside, 0)
         t = tl.exp(-tl.abs(x))  # of all that are in the lse x >= 0, so that this is their share of it
         if sup_con:  # whose weight is the number of pairs
@@ -76,11 +65,11 @@ def _fill(s, losses, ones, zeros, start, total, sup_con: tl.constexpr, block: tl
 
 
 @triton.jit
-def _partners(ones, zeros, anchor, column, total):
+def _partners(label_1, label_0, anchor, column, total):
     """Which columns there are, which of them are the anchor's pairs, and which its negatives."""
     inside = column < total
-    one, zero = tl.load(ones + anchor), tl.load(zeros + anchor)
-    other_one, other_zero = tl.load(ones + column, inside, 0), tl.load(zeros + column, inside, 0)
-    pair = ((one & other_one) | (zero & other_zero)) != 0
-    negative = ((one & other_zero) | (zero & other_one)) != 0
+    is_1, is_0 = tl.load(label_1 + anchor), tl.load(label_0 + anchor)
+    other_1, other_0 = tl.load(label_1 + column, inside, 0), tl.load(label_0 + column, inside, 0)
+    pair = ((is_1 & other_1) | (is_0 & other_0)) != 0
+    negative = ((is_1 & other_0) | (is_0 & other_1)) != 0
     return inside, pair & (column != anchor), negative

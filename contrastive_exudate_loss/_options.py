@@ -1,0 +1,53 @@
+"""Modules that check their options once, and again only after one of them was set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contrastive_exudate_loss import _checks
+
+
+class MaskLoss(nn.Module):
+    """A loss whose target is a mask of 0, 1 and ignore_index.
+
+    A constructor sets the options and ends with self._check_changed_options(), with which every call begins.
+    """
+
+    # Of the class, for pickles of 0.1.0.
+    _options_checked = False
+    _values_checked = False
+
+    def __init__(self, ignore_index: int | None) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # The weights check themselves; marked here, compiled code would be compiled anew when one changes.
+        if not name.startswith("_") and name not in ("training", "alpha", "beta"):
+            self._options_checked = False
+
+    def _check_changed_options(self) -> None:
+        """Raise unless the options make sense, each by itself and together; costs nothing if none was set since."""
+        if torch.compiler.is_compiling():  # which runs this once, and would run it again when the mark changes
+            self._check_options()
+        elif not self._options_checked:
+            self._check_options()
+            self._options_checked = True
+
+    def _check_options(self) -> None:
+        _checks.check_ignore_index(self.ignore_index)
+
+    def _check_values(self, target: Tensor, ignore_indices: list[int | None]) -> bool:
+        """Check the target's values against 0, 1 and each ignore_index: at each call on the CPU, else at the first.
+
+        Returns whether they were read.
+        """
+        if not _checks.may_read(target) or (self._values_checked and not target.is_cpu):
+            return False
+        for ignore_index in dict.fromkeys(ignore_indices):
+            _checks.check_target_values(target, ignore_index)
+        if not self._values_checked:
+            self._values_checked = True
+        return True

@@ -1,0 +1,178 @@
+"""What the two contrastive terms share: their masks are pooled to embeddings, and these are contrasted."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss._options import MaskLoss
+from contrastive_exudate_loss.contrast import CONTRASTS, contrast_loss, first_of_each_label
+from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
+from contrastive_exudate_loss.masks import Regions, side_by_side
+from contrastive_exudate_loss.patches import patch_sides
+from contrastive_exudate_loss.pooling import masked_sums
+
+
+class Candidates(NamedTuple):
+    """The embeddings of one class that a contrast may take.
+
+    vectors: (M, C), floating.
+    labels: (M,), bool.
+    present: (M,), bool; the others count for nothing.
+    order: (M,), real: the lowest are selected first; None where all take part.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+    present: Tensor
+    order: Tensor | None = None
+
+
+class PatchContrastLoss(MaskLoss):
+    """A term that contrasts two kinds of regions; a subclass says which, and how their embeddings are labelled."""
+
+    def __init__(
+        self,
+        patch_size: int | None,
+        num_patches: int | None,
+        temperature: float,
+        contrast: str,
+        max_patches: int | None,
+        ignore_index: int | None,
+        gather_distributed: bool,
+    ) -> None:
+        super().__init__(ignore_index)
+        self.patch_size = 16 if patch_size is None and num_patches is None else patch_size
+        self.num_patches = num_patches
+        self.temperature = temperature
+        self.contrast = contrast
+        self.max_patches = max_patches
+        self.gather_distributed = gather_distributed
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss; arguments as under Shape."""
+        self._check_changed_options()
+        _checks.check_target(target)
+        _checks.check_features(features, target)
+        features, target = plain(features), plain(target)
+        self._check_values(target, [self.ignore_index])
+        (loss,) = term_losses([self], features, target)
+        return loss
+
+    def extra_repr(self) -> str:
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if (self.patch_size is None) == (self.num_patches is None):
+            raise ValueError(
+                "give one of patch_size and num_patches and leave the other None, got "
+                f"patch_size={self.patch_size!r} and num_patches={self.num_patches!r}"
+            )
+        if self.patch_size is not None:
+            _checks.check_integer("patch_size", self.patch_size, 1)
+        if self.num_patches is not None:
+            _checks.check_integer("num_patches", self.num_patches, 1)
+        _checks.check_number("temperature", self.temperature, 1e-3)
+        _checks.check_choice("contrast", self.contrast, CONTRASTS)
+        if self.max_patches is not None:
+            _checks.check_integer("max_patches", self.max_patches, 2)
+        _checks.check_flag("gather_distributed", self.gather_distributed)
+
+    def _selects(self) -> int | None:
+        """How many embeddings of each label are selected by their order; None for all."""
+        return None
+
+    def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
+        """What to pool of a target, (B, K, H, W)."""
+        raise NotImplementedError
+
+    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
+        """Those of each class, from what the regions pooled to: sums (B, T, gh, gw, C), counts (B, T, gh, gw)."""
+        raise NotImplementedError
+
+
+def term_losses(terms: Sequence[PatchContrastLoss], features: Tensor, target: Tensor) -> list[Tensor]:
+    """The loss of each term, from one pooling for all terms with patches of the same size.
+
+    Args:
+        terms: with options that have been checked.
+        features: (B, C, h, w), floating.
+        target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
+    """
+    sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
+    losses = {}
+    with full_precision(target):
+        regions = [term._regions(target, own) for term, own in zip(terms, sides, strict=True)]
+        for shared in dict.fromkeys(sides):
+            members = [n for n, own in enumerate(sides) if own == shared]
+            masks = [regions[n].masks for n in members]
+            pooled = masked_sums(features, side_by_side(masks), shared)
+            parts = (whole.split([mask.shape[1] for mask in masks], 1) for whole in pooled)
+            for n, sums, counts in zip(members, *parts, strict=True):
+                losses[n] = _class_mean(terms[n], terms[n]._candidates(sums, counts, regions[n]))
+    return [losses[n] for n in range(len(terms))]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without its subclass, such as MONAI's MetaTensor."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast switched off on the target's device; the meta device has none."""
+    kind = target.device.type
+    if target.is_meta or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:
+    """Mean of the classes' contrasts: draw at random, gather from all processes, select the best, contrast."""
+    gathers = term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
+    most = term._selects()
+    losses = []
+    for found in classes:
+        if term.max_patches is not None:
+            drawn = torch.randperm(len(found.vectors), device=found.vectors.device)
+            found = _first(found, drawn, term.max_patches)
+        if gathers:
+            found = _gathered(found, len(classes))
+        if found.order is not None and most is not None:
+            found = _first(found, found.order, most)
+        shares = gathers and _shares_anchors(found.vectors)
+        part, parts = rank_and_count() if shares else (0, 1)
+        vectors, labels, present, _ = found
+        loss = contrast_loss(
+            vectors,
+            labels,
+            present,
+            temperature=term.temperature,
+            contrast=term.contrast,
+            part=part,
+            parts=parts,
+        )
+        losses.append(sum_of_ranks(loss) if shares else loss)
+    return torch.stack(losses).mean()
+
+
+def _first(found: Candidates, order: Tensor, most: int) -> Candidates:
+    """The first of each label, at most so many."""
+    index, present = first_of_each_label(order, found.labels, found.present, most)
+    return Candidates(found.vectors[index], found.labels[index], present)
+
+
+def _gathered(found: Candidates, classes: int) -> Candidates:
+    """What is present on all processes."""
+    columns = [column[found.present] for column in (found.labels, found.order) if column is not None]
+    vectors, labels, *order = of_all_ranks(found.vectors[found.present], *columns, classes=classes)
+    return Candidates(vectors, labels, torch.ones_like(labels), *order)
+
+
+def _shares_anchors(vectors: Tensor) -> bool:
+    """Whether each process contrasts its part of the anchors; on the CPU the whole, pairwise, is faster for a few."""
+    return not vectors.is_cpu

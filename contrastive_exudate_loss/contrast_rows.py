@@ -1,0 +1,108 @@
+"""Contrast where the labels must not be looked at: row by row with masks, whose shapes depend on shapes alone."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Similarities in a tile. On CUDA each tile costs its launches, and no cache has to hold it.
+TILE, TILE_ON_CUDA = 4_194_304, 16_777_216
+
+
+def loss_by_rows(
+    z: Tensor,
+    label_1: Tensor,
+    label_0: Tensor,
+    temperature: float,
+    contrast: str,
+    with_gradient: bool,
+    anchors: range,
+    fill: Callable[..., None],
+) -> tuple[Tensor, Tensor]:
+    """The loss of some anchors with all embeddings, and its gradient with respect to z.
+
+    Args:
+        z: (M, C), unit or zero vectors.
+        label_1: (M,), bool: the present embeddings of label 1.
+        label_0: (M,), bool: those of label 0.
+        temperature: > 0.
+        contrast: "nt_xent" or "sup_con".
+        with_gradient: whether to form the gradient; else it is (0,).
+        anchors: the rows of z to sum over.
+        fill: filled_by_mask, or what does the same.
+    """
+    total = len(z)
+    n = torch.stack([label_1, label_0]).sum(1).to(z.dtype)
+    terms = (n * (n - 1) if contrast == "nt_xent" else n * (n > 1)).sum().clamp(min=1)
+    losses = z.new_zeros(total)
+    d_z = z.new_zeros(z.shape if with_gradient else (0,))
+    columns = (z / temperature).T
+    rows = max(1, (TILE_ON_CUDA if z.is_cuda else TILE) // max(1, total))
+    buffer = z.new_empty(min(rows, len(anchors)) * total)
+    for start in anchors[::rows]:
+        row = slice(start, min(start + rows, anchors.stop))
+        tile = torch.mm(z[row], columns, out=buffer[: len(z[row]) * total].view(-1, total))
+        fill(tile, losses[row], label_1, label_0, start, contrast)
+        if with_gradient:
+            d_z[row].addmm_(tile, z)
+            d_z.addmm_(tile.T, z[row])
+    return losses.sum() / terms, d_z.div_(temperature * terms)
+
+
+def filled_by_mask(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, start: int, contrast: str) -> None:
+    """Losses of some anchors, whose similarities become the gradient.
+
+    Args:
+        s: (rows, M), floating, contiguous: similarities of the anchors from start on with all embeddings, divided by
+            the temperature. Becomes the derivative of the losses' sum with respect to the similarities.
+        losses: (rows,), of the same dtype, to be written: nt_xent's sum over an anchor's pairs, sup_con's mean; 0
+            without a pair or without a negative.
+        label_1: (M,), bool: the present embeddings of label 1.
+        label_0: (M,), bool: those of label 0.
+        start: index of the first anchor.
+        contrast: "nt_xent" or "sup_con".
+    """
+    row = slice(start, start + len(s))
+    negative = (label_1[row, None] & label_0) | (label_0[row, None] & label_1)
+    positive = (label_1[row, None] & label_1) | (label_0[row, None] & label_0)
+    index = torch.arange(s.shape[1], device=s.device)
+    positive &= (index[row, None] != index) & negative.any(1, keepdim=True)
+    pos, neg = s.masked_fill(~positive, math.inf), s.masked_fill(~negative, -math.inf)
+    # What is NaN touches no anchor that has no pair.
+    paired = positive.any(1)
+    losses.copy_(torch.where(paired, _ROWS[contrast](pos, neg), 0))
+    torch.add(pos, neg, out=s).masked_fill_(~paired[:, None], 0)
+
+
+def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
+    """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    lse = _finite(neg.logsumexp(1, keepdim=True))
+    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)), whose derivative by s is -sigmoid(x).
+    torch.sub(lse, pos, out=pos)
+    losses = (pos.clamp(min=0) + pos.abs().neg_().exp_().log1p_()).sum(1)
+    pos.sigmoid_()
+    neg.sub_(lse).exp_().mul_(pos.sum(1, keepdim=True))
+    pos.neg_()
+    return losses
+
+
+def _sup_con_rows(pos: Tensor, neg: Tensor) -> Tensor:
+    """Each anchor's mean over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
+    paired = pos != math.inf
+    n = paired.sum(1, keepdim=True).to(pos.dtype)
+    anchor, share = n > 0, 1 / n.clamp(min=1)
+    lse = _finite(torch.logaddexp(pos.masked_fill(~paired, -math.inf).logsumexp(1), neg.logsumexp(1)).unsqueeze(1))
+    log_share = (pos - lse).masked_fill_(~paired, 0)
+    losses = -(log_share.sum(1, keepdim=True) * share).squeeze(1)
+    pos.copy_(log_share.exp_().sub_(share).mul_(paired))
+    neg.sub_(lse).exp_().mul_(anchor)
+    return losses
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """An anchor without others has lse = -inf; any finite value keeps -inf - lse from being NaN."""
+    return lse.masked_fill(lse == -math.inf, 0)
+
+
+_ROWS = {"nt_xent": _nt_xent_rows, "sup_con": _sup_con_rows}

@@ -18,12 +18,12 @@ from typing import Any
 # PyTorch's profiler, which counts the memory, reports each of its starts otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from machine import environment
-from options import device, picture_file, whole_number, writable_file
-from plots import write_growth
-from sections import SECTIONS
-from settings import full, quick
-from tables import markdown
+from measure.arguments import device, picture_file, whole_number, writable_file
+from measure.machine import environment
+from overhead.plots import write_growth
+from overhead.sections import SECTIONS
+from overhead.settings import full, quick
+from overhead.tables import markdown
 from tqdm import tqdm
 
 

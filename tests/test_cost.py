@@ -3,10 +3,10 @@
 import sys
 import time
 
-import cost
 import numpy as np
 import pytest
 import torch
+from measure import cost
 from torch import nn
 
 from contrastive_exudate_loss import FeatureTap

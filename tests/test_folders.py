@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from folders import paired_files
-from idrid import DataError
+from data.folders import paired_files
+from data.idrid import DataError
 from PIL import Image
 
 

@@ -4,15 +4,14 @@ import os
 import re
 from pathlib import Path
 
-import folders
-import idrid
 import numpy as np
 import pytest
 import torch
+from data import folders, idrid
+from data.photographs import EYE
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from photographs import EYE
 from PIL import Image
 
 SQUARE = np.zeros((40, 60), bool)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import MODULES
-from kernels import launches, meta_batch
+from overhead.launches import launches, meta_batch
 
 from contrastive_exudate_loss import CombinedExudateLoss
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lesion_scores import NEAR, OVERLAP, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
+from measure.lesion_scores import NEAR, OVERLAP, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
 from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
 
 

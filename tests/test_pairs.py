@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from objective import Objective, Settings
-from pairs import PAIRS, OtherPairsLoss
 from test_objective import Network, batch
 from torch.nn.functional import interpolate
+from trials.objective import Objective, Settings
+from trials.pairs import PAIRS, OtherPairsLoss
 
 from contrastive_exudate_loss import PatchDensityContrastLoss
 

@@ -3,13 +3,13 @@
 import shutil
 
 import numpy as np
-import photographs
 import pytest
 import torch
-from idrid import DataError
-from photographs import CHANNELS, FOLDS, augmented_crops, encoder_input, train_validation_split
+from data import photographs
+from data.idrid import DataError
+from data.photographs import CHANNELS, FOLDS, augmented_crops, encoder_input, train_validation_split
+from data.samples import Sample
 from PIL import Image
-from samples import Sample
 from test_idrid import mask_image, write_split
 
 

@@ -1,11 +1,11 @@
 """The picture shows what the losses see."""
 
 import numpy as np
-import picture
 import pytest
 import torch
+from data.samples import Sample
 from PIL import Image
-from samples import Sample
+from training import picture
 
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 

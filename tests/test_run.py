@@ -5,18 +5,16 @@ import json
 import math
 from pathlib import Path
 
-import alternatives
 import pytest
 import reference
 import run
-import sections
-import settings
 import torch
 from batches import assert_equal_values_and_gradients
+from overhead import alternatives, sections, settings
+from overhead.tables import markdown
+from overhead.workloads import drawn_batch, pixels_as_patches
 from PIL import Image
-from tables import markdown
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads import drawn_batch, pixels_as_patches
 
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 

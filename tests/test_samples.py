@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import Sample, network_input, random_batch
+from data.samples import Sample, network_input, random_batch
 
 
 def generator(seed=0):

@@ -1,10 +1,10 @@
 """Scores are those of torchmetrics on whole images."""
 
 import pytest
-import scores
 import torch
-from samples import Sample, network_input
+from data.samples import Sample, network_input
 from torch import nn
+from training import scores
 
 CPU = torch.device("cpu")
 

@@ -6,23 +6,25 @@ import json
 from pathlib import Path
 
 import numpy as np
-import photographs
 import pytest
 import study
 import summary
 import torch
-from differences import of_each_seed, over_photographs, over_seeds, paired
-from lesion_scores import FIRST_THRESHOLDS, THRESHOLDS, counts
+from data import photographs
 from matplotlib.colors import to_rgb
-from objective import Settings
+from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS, counts
 from PIL import Image
-from questions import Question
 from scipy import stats
-from similarity import band_similarity
-from study_plots import COLOURS, write_differences
 from test_objective import Network
 from test_photographs import write_all
 from torch import nn
+from trials.differences import of_each_seed, over_photographs, over_seeds, paired
+from trials.evaluation import best_thresholds, evaluation
+from trials.objective import Settings
+from trials.plots import COLOURS, write_differences
+from trials.questions import QUESTIONS, Question
+from trials.record import RESULTS, read_lines, runs_of
+from trials.similarity import band_similarity
 
 TINY = Settings(size=48, crop=32, batch=2, steps=3)
 ARMS = {
@@ -46,7 +48,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "NORMS_EVERY", 2)
     monkeypatch.setattr(study, "CURVE_EVERY", 2)
     for letter, tested in (("a", True), ("d", False)):
-        monkeypatch.setitem(study.QUESTIONS, letter, Question(ARMS, range(2), tested))
+        monkeypatch.setitem(QUESTIONS, letter, Question(ARMS, range(2), tested))
     return tmp_path
 
 
@@ -81,11 +83,11 @@ def test_a_line_holds_all_that_the_protocol_asks_for(folder):
 
 def test_the_network_of_a_run_is_kept(folder):
     lines = run(folder, "--question", "a", "--seeds", "1")
-    samples = study.photographs(folder / "data", "test", 48, folder / "cache")
+    samples = photographs.photographs(folder / "data", "test", 48, folder / "cache")
     for line in lines:
         model = Network(1)
         model.load_state_dict(torch.load(folder / "cache" / "networks" / f"{line['arm']}, seed 0, cpu.pt"))
-        assert study.evaluation(model, samples, TINY)["photographs"] == line["test"]["photographs"]
+        assert evaluation(model, samples, TINY)["photographs"] == line["test"]["photographs"]
 
 
 def test_lesions_are_counted_on_the_fold_at_its_best_threshold(folder):
@@ -124,7 +126,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder):
 
 def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkeypatch):
     light = dataclasses.replace(ARMS["both"], alpha=1e-30, beta=1e-30)
-    monkeypatch.setitem(study.QUESTIONS, "a", Question({"bce": TINY, "light": light}, range(1), tested=True))
+    monkeypatch.setitem(QUESTIONS, "a", Question({"bce": TINY, "light": light}, range(1), tested=True))
     bce, light = run(folder, "--question", "a")
     assert light["active"]["edge"] > 0
     for name in ("curve", "test"):
@@ -134,7 +136,7 @@ def test_arms_of_a_seed_are_one_run_where_the_terms_weigh_nothing(folder, monkey
 @pytest.mark.cuda
 def test_a_run_on_cuda_is_that_on_the_cpu_and_counts_for_its_own_questions(folder, monkeypatch):
     on_cpu = run(folder, "--question", "a", "--seeds", "1")
-    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
+    monkeypatch.setitem(QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
     on_cuda = run(folder, "--question", "a", "--seeds", "1")[2:]
     assert [line["device"] for line in on_cpu + on_cuda] == ["cpu", "cpu", "cuda", "cuda"]
     for one, other in zip(on_cpu, on_cuda, strict=True):
@@ -144,7 +146,7 @@ def test_a_run_on_cuda_is_that_on_the_cpu_and_counts_for_its_own_questions(folde
 
 
 def test_a_question_for_cuda_is_refused_in_one_sentence_where_there_is_none(folder, monkeypatch, capsys):
-    monkeypatch.setitem(study.QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
+    monkeypatch.setitem(QUESTIONS, "a", Question(ARMS, range(2), tested=True, device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         run(folder, "--question", "a")
@@ -300,9 +302,9 @@ def test_lines_answer_a_question_with_their_settings_seeds_and_test():
         made_up("both", 1, [6], TINY),
         {**made_up("both", 0, [7], ARMS["both"]), "device": "cuda"},
     ]
-    assert study.runs_of("both", Question(ARMS, range(2), tested=True), lines) == [lines[1], lines[2]]
-    assert study.runs_of("both", Question(ARMS, range(2), tested=False), lines) == [lines[1], lines[3]]
-    assert study.runs_of("both", Question(ARMS, range(2), tested=True, device="cuda"), lines) == [lines[6]]
+    assert runs_of("both", Question(ARMS, range(2), tested=True), lines) == [lines[1], lines[2]]
+    assert runs_of("both", Question(ARMS, range(2), tested=False), lines) == [lines[1], lines[3]]
+    assert runs_of("both", Question(ARMS, range(2), tested=True, device="cuda"), lines) == [lines[6]]
 
 
 def rows(text):
@@ -380,10 +382,10 @@ class Guesses(nn.Module):
 
 
 def test_f1_by_threshold_has_f1_at_0_5_and_at_the_tuned_thresholds(folder):
-    samples = study.photographs(folder / "data", "train", 48, folder / "cache")
+    samples = photographs.photographs(folder / "data", "train", 48, folder / "cache")
     settings = dataclasses.replace(TINY, lesions=("EX", "SE"))
     levels = 28, 35
-    found = study.evaluation(Guesses(), samples, settings, [THRESHOLDS[level] for level in levels])
+    found = evaluation(Guesses(), samples, settings, [THRESHOLDS[level] for level in levels])
     by_threshold = np.array(found["f1_by_threshold"])
     assert by_threshold.shape == (2, len(THRESHOLDS))
     assert {p["lesion"] for p in found["photographs"] if p["tp"] + p["fn"]} == {"EX", "SE"}
@@ -392,13 +394,13 @@ def test_f1_by_threshold_has_f1_at_0_5_and_at_the_tuned_thresholds(folder):
     tuned = [by_threshold[k, level] for k, level in enumerate(levels)]
     assert np.mean(tuned) == pytest.approx(found["tuned"]["f1"], abs=1e-5)
     assert abs(found["tuned"]["f1"] - found["f1"]) > 1e-3
-    untuned = study.evaluation(Guesses(), samples, settings)
+    untuned = evaluation(Guesses(), samples, settings)
     assert untuned == {name: value for name, value in found.items() if name != "tuned"}
 
 
 def test_the_best_threshold_is_that_of_each_lesion():
     flat = [0.1] * len(THRESHOLDS)
-    assert study.best_thresholds([[*flat[:-1], 0.2], [0.2, *flat[1:]]]) == [THRESHOLDS[-1], THRESHOLDS[0]]
+    assert best_thresholds([[*flat[:-1], 0.2], [0.2, *flat[1:]]]) == [THRESHOLDS[-1], THRESHOLDS[0]]
 
 
 @pytest.mark.parametrize("tested", [True, False])
@@ -479,14 +481,14 @@ def test_the_page_shows_the_recorded_runs(capsys):
     assert summary.main([]) == 0
     root = Path(summary.__file__).parents[1]
     assert capsys.readouterr().out.rstrip() in (root / "docs/results.md").read_text()
-    lines = study.read_lines(study.RESULTS)
-    found = {letter: summary._arms(study.QUESTIONS[letter], lines) for letter in "aekt"}
+    lines = read_lines(RESULTS)
+    found = {letter: summary._arms(QUESTIONS[letter], lines) for letter in "aekt"}
 
     def mean(arm, metric):
         return f"{np.mean([run['test'][metric] for run in found['k'][arm]]):.3f}"
 
     def difference(letter, arm, metric):
-        pairs = summary._pairs(study.QUESTIONS[letter], found[letter])[arm]
+        pairs = summary._pairs(QUESTIONS[letter], found[letter])[arm]
         differences = of_each_seed(pairs[2:] if letter == "e" else pairs, metric)  # e's first two had chosen the arm
         middle, interval = over_seeds(differences)
         return "{:+.3f} ({:+.3f} to {:+.3f}".format(middle, *interval), len(differences)
@@ -531,7 +533,7 @@ class Knows(nn.Module):
 
 
 def test_similarity_is_that_of_the_features_inside_and_outside_a_contour(folder):
-    samples = study.photographs(folder / "data", "train", 60, folder / "cache60")[:1]
+    samples = photographs.photographs(folder / "data", "train", 60, folder / "cache60")[:1]
     model = Knows(samples[0].lesion[2])
     found = band_similarity(model, samples, TINY)
     assert found == pytest.approx({"inner": 1, "outer": 1, "across": 0, "norm": 1})

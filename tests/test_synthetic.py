@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import synthetic
 import torch
+from data import synthetic
 from PIL import Image, ImageDraw
 from scipy import ndimage
 

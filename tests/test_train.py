@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import idrid
 import numpy as np
-import options
 import pytest
 import torch
 import train
+from data import idrid
 from PIL import Image
 from test_idrid import SQUARE, mask_image, write_split
+from training import command_line
 
 from contrastive_exudate_loss import CombinedExudateLoss
 
@@ -92,21 +92,21 @@ def test_the_weights_change_only_the_second_training(tmp_path):
 
 
 def test_the_criterion_is_made_of_the_loss_options():
-    given = options.parsed(["--alpha", "0.3", "--beta", "0.7", "--patch-size", "5"], "")
+    given = command_line.parsed(["--alpha", "0.3", "--beta", "0.7", "--patch-size", "5"], "")
     criterion = train._contrastive(given)
     assert (criterion.alpha, criterion.beta) == (0.3, 0.7)
     assert (criterion.density.patch_size, criterion.edge.patch_size) == (5, 5)
 
 
 def test_the_weights_are_those_of_the_weak_edge_unless_given():
-    criterion, weak = train._contrastive(options.parsed([], "")), CombinedExudateLoss.weak_edge()
+    criterion, weak = train._contrastive(command_line.parsed([], "")), CombinedExudateLoss.weak_edge()
     assert (criterion.alpha, criterion.beta) == (weak.alpha, weak.beta)
 
 
 def test_the_seed_chooses_the_crops():
     samples = train.fundus_samples(1, 0, stream=0)
     one, other, third = (
-        next(train._batches(samples, options.parsed(["--seed", seed], ""))) for seed in ("1", "1", "2")
+        next(train._batches(samples, command_line.parsed(["--seed", seed], ""))) for seed in ("1", "1", "2")
     )
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert not torch.equal(one[0], third[0])
@@ -194,7 +194,7 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
 )
 def test_an_option_that_makes_no_sense_is_refused_in_one_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        options.parsed(arguments, "")
+        command_line.parsed(arguments, "")
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
@@ -273,5 +273,5 @@ def test_a_file_without_networks_is_said_in_one_sentence(tmp_path, capsys):
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
-        options.parsed(["--batch", "8"], "")
+        command_line.parsed(["--batch", "8"], "")
     assert "--batch must be a multiple of the 3 processes, got 8" in capsys.readouterr().err

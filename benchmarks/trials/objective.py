@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from data.photographs import CHANNELS
 from monai.losses.hausdorff_loss import HausdorffDTLoss
-from pairs import OtherPairsLoss
-from photographs import CHANNELS
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, TverskyLoss
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from contrastive_exudate_loss import (
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
 )
+from trials.pairs import OtherPairsLoss
 
 IGNORED = -1
 SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from differences import over_seeds
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from trials.differences import over_seeds
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00")

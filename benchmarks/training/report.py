@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cost import Quartiles
-from machine import environment
-from samples import Sample
-from scores import Scores, average_precision_thresholds
+from data.samples import Sample
+from measure.cost import Quartiles
+from measure.machine import environment
+
+from training.scores import Scores, average_precision_thresholds
 
 CURVE_EVERY = 10
 

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-from objective import Settings
-from pairs import PAIRS
+from trials.objective import Settings
+from trials.pairs import PAIRS
 
 BCE = Settings()
 PAPER = dataclasses.replace(BCE, alpha=0.02, beta=0.1)

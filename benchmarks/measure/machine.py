@@ -5,7 +5,6 @@ import os
 import platform
 from pathlib import Path
 
-import ranks
 import torch
 
 PACKAGES = (
@@ -26,8 +25,13 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.count(),
+        "processes": process_count(),
     }
+
+
+def process_count() -> int:
+    """Number of processes that torchrun has started; one where it has not."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from synthetic import fundus_samples
+from data.synthetic import fundus_samples
 from torch import Tensor
 
 # Side in pixels of the grid from which lesions of a given area are grown: a lesion is about as wide.

@@ -10,13 +10,10 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
-from cost import extra_memory, ratio, side_by_side, spread
-from machine import free_memory
+from measure.cost import extra_memory, ratio, side_by_side, spread
+from measure.machine import free_memory
 from pytorch_metric_learning.losses import NTXentLoss
-from settings import Setting
 from torch import Tensor, nn
-from workloads import Batch, drawn_batch, pixels_as_patches
 
 from contrastive_exudate_loss import (
     CombinedExudateLoss,
@@ -24,8 +21,11 @@ from contrastive_exudate_loss import (
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
 )
+from overhead.alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
+from overhead.settings import Setting
+from overhead.workloads import Batch, drawn_batch, pixels_as_patches
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 from reference import published_loop
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from lesion_scores import by_lesion, metrics
+from measure.lesion_scores import by_lesion, metrics
 from scipy import stats
 
 CONFIDENCE = 0.95

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from idrid import DataError, Files
+from data.idrid import DataError, Files
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
 

@@ -1,14 +1,14 @@
 """How alike the features inside and outside lesion contours are: what the edge term changes, seen from outside."""
 
 import torch
-from networks import STRIDE
-from objective import Settings
-from photographs import CHANNELS, encoder_input
-from samples import Sample
+from data.photographs import CHANNELS, encoder_input
+from data.samples import Sample
 from torch import Tensor, nn
 
 from contrastive_exudate_loss import FeatureTap
 from contrastive_exudate_loss.morphology import inner_contour, outer_contour
+from trials.networks import STRIDE
+from trials.objective import Settings
 
 SIDE, PHOTOGRAPHS, RADIUS = 512, 4, 2
 

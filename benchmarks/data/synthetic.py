@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from samples import Sample
+
+from data.samples import Sample
 
 SIDE = 320
 LARGEST = 30

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from data.samples import Sample
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from samples import Sample
 from torch import Tensor
 
 from contrastive_exudate_loss import CombinedExudateLoss

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from samples import Sample
+
+from data.samples import Sample
 
 IMAGES = "1. Original Images"
 MASKS = "2. All Segmentation Groundtruths"

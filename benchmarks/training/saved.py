@@ -6,12 +6,13 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
-from idrid import DataError
-from lesion_scores import counts, metrics
-from samples import Sample
-from scores import Scores
-from tables import aligned
+from data.idrid import DataError
+from data.samples import Sample
+from measure.lesion_scores import counts, metrics
+from measure.markdown import aligned
 from torch import Tensor, nn
+
+from training.scores import Scores
 
 ROWS = {
     "f1": "F1, mean over photographs with a lesion",

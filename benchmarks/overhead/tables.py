@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from measure.markdown import aligned
+
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
@@ -19,14 +21,6 @@ def markdown(figures: Mapping[str, Any]) -> str:
         title, columns = TABLES[name]
         parts += [f"## {title}", _table(columns, rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of these rows, the first of them its head."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:

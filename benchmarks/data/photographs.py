@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from idrid import MASKED, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
 from PIL import Image
-from samples import Sample, random_crop
 from torch import Tensor
+
+from data.idrid import MASKED, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
+from data.samples import Sample, random_crop
 
 CHANNELS = tuple(MASKED)  # of a photograph's masks: four lesions, then the optic disc
 EYE = 200, 3800  # columns that hold it, nearly: see docs/results.md

@@ -6,13 +6,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from measure.machine import process_count
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-
-def count() -> int:
-    """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
@@ -23,7 +19,7 @@ def rank() -> int:
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """They can talk to each other inside."""
-    if count() == 1:
+    if process_count() == 1:
         yield
         return
     if device.type == "cuda":
@@ -38,18 +34,18 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 def averaging_gradients(model: nn.Module) -> nn.Module:
     """The model, whose gradients will be the mean over the processes; some of its layers may be idle."""
-    return model if count() == 1 else DistributedDataParallel(model, find_unused_parameters=True)
+    return model if process_count() == 1 else DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def own_share(batch: Tensor) -> Tensor:
     """This process's part of a batch that they share equally."""
-    return batch.tensor_split(count())[rank()]
+    return batch.tensor_split(process_count())[rank()]
 
 
 def mean_of_processes(value: Tensor) -> float:
     """Mean of a scalar, the same on all; each must call it."""
-    if count() == 1:
+    if process_count() == 1:
         return float(value)
     total = value.clone()
     dist.all_reduce(total)
-    return float(total) / count()
+    return float(total) / process_count()

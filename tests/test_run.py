@@ -10,7 +10,7 @@ import reference
 import run
 import torch
 from batches import assert_equal_values_and_gradients
-from overhead import alternatives, sections, settings
+from overhead import alternatives, plan, sections
 from overhead.tables import markdown
 from overhead.workloads import drawn_batch, pixels_as_patches
 from PIL import Image
@@ -30,7 +30,7 @@ def tiny(monkeypatch):
     """Sizes at which the whole program takes seconds."""
 
     def small(device, seed):
-        return settings.full(device, seed)._replace(
+        return plan.full(device, seed)._replace(
             budget=0.0,
             image=(32, 32),
             channels=4,
@@ -173,8 +173,8 @@ def test_memory_is_foreseen_on_the_power_law():
 
 def test_the_contrast_stops_where_memory_would_not_suffice(monkeypatch):
     monkeypatch.setattr(sections, "free_memory", lambda device: 4e6)
-    setting = settings.full(CPU, 0)._replace(embeddings=(16, 32, 64, 128), budget=0.0)
-    rows = [row for row in sections.contrast(setting, print) if row["work"] == "pytorch-metric-learning"]
+    small_plan = plan.full(CPU, 0)._replace(embeddings=(16, 32, 64, 128), budget=0.0)
+    rows = [row for row in sections.contrast(small_plan, print) if row["work"] == "pytorch-metric-learning"]
     assert [row["embeddings"] for row in rows] == [16, 32, 64]
     assert rows[-1]["needed_bytes"] > 1e6
     assert not math.isnan(rows[0]["seconds"]["median"])

@@ -20,8 +20,8 @@ from contrastive_exudate_loss import (
     PatchEdgeContrastLoss,
 )
 from overhead.alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
+from overhead.plan import Plan
 from overhead.published_loop import published_loop
-from overhead.settings import Setting
 from overhead.workloads import Batch, drawn_batch, pixels_as_patches
 
 Row = dict[str, Any]
@@ -29,20 +29,20 @@ Tick = Callable[[str], None]
 PRECISIONS = ("float32", "autocast")
 
 
-def overhead(setting: Setting, tick: Tick) -> list[Row]:
+def overhead(plan: Plan, tick: Tick) -> list[Row]:
     """Each loss, eager and compiled, in float32 and under autocast, against plain BCE and against the floor."""
     rows = []
     for precision in PRECISIONS:
         half = precision == "autocast"
         dtype = torch.bfloat16 if half else torch.float32
-        batch = drawn_batch(setting.image, setting.device, channels=setting.channels, dtype=dtype, seed=setting.seed)
-        patches = len(batch.target) * math.prod(-(-side // PATCH) for side in setting.image)
+        batch = drawn_batch(plan.image, plan.device, channels=plan.channels, dtype=dtype, seed=plan.seed)
+        patches = len(batch.target) * math.prod(-(-side // PATCH) for side in plan.image)
         cross_entropy = _step(nn.BCEWithLogitsLoss(), batch[:2], half)
         works = {("floor", "eager"): floor(cross_entropy, batch.features, [patches, band_count(batch.target)])}
         failures = {}
         for mode in ("eager", "compiled"):
             for name, criterion, inputs in _losses(batch):
-                if mode == "compiled" and name not in setting.compiled:
+                if mode == "compiled" and name not in plan.compiled:
                     continue
                 tick(f"{name}, {mode}, {precision}")
                 work = _step(criterion if mode == "eager" else torch.compile(criterion, fullgraph=True), inputs, half)
@@ -53,7 +53,7 @@ def overhead(setting: Setting, tick: Tick) -> list[Row]:
                 else:
                     works[name, mode] = work
         tick(f"side by side, {precision}")
-        seconds = _seconds(setting, works)
+        seconds = _seconds(plan, works)
         for (name, mode), work in works.items():
             tick(f"memory, {name}, {mode}, {precision}")
             rows.append(
@@ -65,47 +65,47 @@ def overhead(setting: Setting, tick: Tick) -> list[Row]:
                     "to_bce": _ratio(seconds[name, mode], seconds["BCE", "eager"]),
                 }
                 | ({"to_floor": _ratio(seconds[name, mode], seconds["floor", "eager"])} if name == "combined" else {})
-                | (_memory(setting.device, work, batch.features, name != "BCE") if name != "floor" else {})
+                | (_memory(plan.device, work, batch.features, name != "BCE") if name != "floor" else {})
             )
         rows += [{"work": n, "mode": m, "precision": precision, "failure": text} for (n, m), text in failures.items()]
         torch.compiler.reset()
     return rows
 
 
-def otherwise(setting: Setting, tick: Tick) -> list[Row]:
+def otherwise(plan: Plan, tick: Tick) -> list[Row]:
     """The losses against what one would otherwise run: the published code's manner, and multiplying and pooling."""
     rows = []
-    size = (setting.loop_side, setting.loop_side)
-    batch = drawn_batch(size, setting.device, area=0.02, seed=setting.seed)
+    size = (plan.loop_side, plan.loop_side)
+    batch = drawn_batch(size, plan.device, area=0.02, seed=plan.seed)
     tick("the published code's manner")
     works = {
         "combined, published configuration": _step(CombinedExudateLoss.hecl(), batch),
         "the same, patch by patch in Python": _step(_published, batch),
     }
-    rows += _compared(setting, works, batch)
-    batch = drawn_batch(setting.image, setting.device, channels=setting.channels, seed=setting.seed)
+    rows += _compared(plan, works, batch)
+    batch = drawn_batch(plan.image, plan.device, channels=plan.channels, seed=plan.seed)
     tick("multiply and pool")
     works = {
         "combined, defaults": _step(CombinedExudateLoss(), batch),
         "the same, multiplied and pooled": _step(_plain, batch),
     }
-    return rows + _compared(setting, works, batch)
+    return rows + _compared(plan, works, batch)
 
 
-def inference(setting: Setting, tick: Tick) -> list[Row]:
+def inference(plan: Plan, tick: Tick) -> list[Row]:
     """A forward pass in eval mode and without gradients, with and without a tap on the model."""
-    images = torch.rand(setting.training[0], 3, setting.training[1], setting.training[1], device=setting.device)
+    images = torch.rand(plan.training[0], 3, plan.training[1], plan.training[1], device=plan.device)
     works = {}
     for name in ("without a tap", "with a tap"):
-        model = _network("resnet18", setting).eval()
+        model = _network("resnet18", plan).eval()
         if name == "with a tap":
             FeatureTap(model, layer="segmentation_head.0")
         works[name] = _without_gradients(model, images)
     tick("inference")
-    seconds = _seconds(setting, works)
+    seconds = _seconds(plan, works)
     rows = []
     for name, work in works.items():
-        peak, kept = extra_memory(setting.device, work)
+        peak, kept = extra_memory(plan.device, work)
         rows.append(
             {
                 "work": name,
@@ -118,13 +118,13 @@ def inference(setting: Setting, tick: Tick) -> list[Row]:
     return rows
 
 
-def training_step(setting: Setting, tick: Tick) -> list[Row]:
+def training_step(plan: Plan, tick: Tick) -> list[Row]:
     """A whole training step with BCE and with the combined loss, and the loss alone on detached outputs."""
     rows = []
-    for encoder in setting.encoders:
+    for encoder in plan.encoders:
         tick(f"training step, {encoder}")
-        images, target = _images(setting)
-        plain, tapped = (_network(encoder, setting) for _ in range(2))
+        images, target = _images(plan)
+        plain, tapped = (_network(encoder, plan) for _ in range(2))
         tap = FeatureTap(tapped)
         criterion = CombinedExudateLoss(features=tap)
         works = {
@@ -137,7 +137,7 @@ def training_step(setting: Setting, tick: Tick) -> list[Row]:
             "BCE alone": _step(F.binary_cross_entropy_with_logits, batch[:2]),
             "combined alone": _step(CombinedExudateLoss(), batch),
         }
-        seconds = _seconds(setting, works)
+        seconds = _seconds(plan, works)
         for name in works:
             rows.append(
                 {
@@ -150,23 +150,23 @@ def training_step(setting: Setting, tick: Tick) -> list[Row]:
     return rows
 
 
-def growth(setting: Setting, tick: Tick) -> list[Row]:
+def growth(plan: Plan, tick: Tick) -> list[Row]:
     """How the combined loss grows, one size at a time, beside BCE on the same logits."""
     rows = []
-    side = setting.growth_side
-    for axis, values in setting.growth.items():
+    side = plan.growth_side
+    for axis, values in plan.growth.items():
         for value in values:
             tick(f"growth, {axis} {value}")
             # A whole photograph is large: sides are measured one image at a time.
             images = 1 if axis == "side" else value if axis == "batch" else 4
             batch = drawn_batch(
                 value if axis == "side" else (side, side),
-                setting.device,
+                plan.device,
                 images=images,
                 channels=value if axis == "channels" else 16,
                 stride=value if axis == "stride" else 1,
                 area=value if axis == "area" else 0.01,
-                seed=setting.seed,
+                seed=plan.seed,
             )
             patch = value if axis == "patch_size" else PATCH
             criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(patch), edge=PatchEdgeContrastLoss(patch))
@@ -174,7 +174,7 @@ def growth(setting: Setting, tick: Tick) -> list[Row]:
                 "combined": _step(criterion, batch),
                 "BCE": _step(F.binary_cross_entropy_with_logits, batch[:2]),
             }
-            seconds = _seconds(setting, works)
+            seconds = _seconds(plan, works)
             rows.append(
                 {
                     "axis": axis,
@@ -184,12 +184,12 @@ def growth(setting: Setting, tick: Tick) -> list[Row]:
                     "bce_seconds": _spread(seconds["BCE"]),
                     "to_bce": _ratio(seconds["combined"], seconds["BCE"]),
                 }
-                | _memory(setting.device, works["combined"], batch.features, True)
+                | _memory(plan.device, works["combined"], batch.features, True)
             )
     return rows
 
 
-def contrast(setting: Setting, tick: Tick) -> list[Row]:
+def contrast(plan: Plan, tick: Tick) -> list[Row]:
     """The contrast alone, by this package, with the M x M matrix stored, and by pytorch-metric-learning."""
     rows = []
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -199,21 +199,21 @@ def contrast(setting: Setting, tick: Tick) -> list[Row]:
     }
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in ways}
     stopped: set[str] = set()
-    for count in setting.embeddings:
-        batch = pixels_as_patches(count, 16, 0.1, setting.device, setting.seed)
+    for count in plan.embeddings:
+        batch = pixels_as_patches(count, 16, 0.1, plan.device, plan.seed)
         works, ends = {}, []
         for name, criterion in ways.items():
             tick(f"contrast of {count}, {name}")
             needed = _foreseen(peaks[name], count)
-            if name in stopped or needed > free_memory(setting.device) / 4:
+            if name in stopped or needed > free_memory(plan.device) / 4:
                 if name not in stopped:
                     ends.append({"work": name, "embeddings": count, "needed_bytes": needed})
                 stopped.add(name)
                 continue
             works[name] = _step(criterion, (batch.features, batch.target))
         for name, work in works.items():
-            peaks[name].append((count, extra_memory(setting.device, work)[0]))
-        seconds = _seconds(setting, works)
+            peaks[name].append((count, extra_memory(plan.device, work)[0]))
+        seconds = _seconds(plan, works)
         for name in works:
             rows.append(
                 {
@@ -228,7 +228,7 @@ def contrast(setting: Setting, tick: Tick) -> list[Row]:
     return rows
 
 
-SECTIONS: dict[str, Callable[[Setting, Tick], list[Row]]] = {
+SECTIONS: dict[str, Callable[[Plan, Tick], list[Row]]] = {
     "overhead": overhead,
     "otherwise": otherwise,
     "training_step": training_step,
@@ -265,8 +265,8 @@ def _ratio(values: Sequence[float], others: Sequence[float]) -> Row:
     return ratio(values, others)._asdict()
 
 
-def _seconds(setting: Setting, works: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
-    return side_by_side(setting.device, works, setting.budget)
+def _seconds(plan: Plan, works: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    return side_by_side(plan.device, works, plan.budget)
 
 
 def _memory(device: torch.device, work: Callable[[], object], features: Tensor, used: bool) -> Row:
@@ -275,13 +275,13 @@ def _memory(device: torch.device, work: Callable[[], object], features: Tensor, 
     return {"extra_memory_bytes": extra, "extra_memory_to_features": extra / features.nbytes}
 
 
-def _compared(setting: Setting, works: Mapping[str, Callable[[], object]], batch: Batch) -> list[Row]:
-    seconds = _seconds(setting, works)
+def _compared(plan: Plan, works: Mapping[str, Callable[[], object]], batch: Batch) -> list[Row]:
+    seconds = _seconds(plan, works)
     first = next(iter(works))
     return [
         {"work": name, "shape": list(batch.features.shape), "seconds": _spread(seconds[name])}
         | {"to_ours": _ratio(seconds[name], seconds[first])}
-        | _memory(setting.device, work, batch.features, True)
+        | _memory(plan.device, work, batch.features, True)
         for name, work in works.items()
     ]
 
@@ -315,17 +315,17 @@ def _foreseen(peaks: list[tuple[int, int]], count: int) -> int:
     return int(last * (count / n) ** power)
 
 
-def _network(encoder: str, setting: Setting) -> nn.Module:
-    torch.manual_seed(setting.seed)
+def _network(encoder: str, plan: Plan) -> nn.Module:
+    torch.manual_seed(plan.seed)
     model: nn.Module = smp.Unet(encoder, encoder_weights=None, classes=1)
-    return model.to(setting.device)
+    return model.to(plan.device)
 
 
-def _images(setting: Setting) -> tuple[Tensor, Tensor]:
-    count, side = setting.training
-    target = drawn_batch((side, side), setting.device, images=count, channels=2, seed=setting.seed).target
-    generator = torch.Generator().manual_seed(setting.seed)
-    return torch.rand((count, 3, side, side), generator=generator).to(setting.device), target
+def _images(plan: Plan) -> tuple[Tensor, Tensor]:
+    count, side = plan.training
+    target = drawn_batch((side, side), plan.device, images=count, channels=2, seed=plan.seed).target
+    generator = torch.Generator().manual_seed(plan.seed)
+    return torch.rand((count, 3, side, side), generator=generator).to(plan.device), target
 
 
 def _training(

@@ -10,7 +10,7 @@ from measure.arguments import device, picture_file, whole_number, writable_file
 from measure.machine import process_count
 
 # The network halves its input three times.
-STRIDE = 8
+UNET_STRIDE = 8
 # Pixels of a real photograph's short side, unless --size says otherwise.
 SIZE = 512
 
@@ -72,10 +72,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--crop",
-        type=whole_number(16, multiple_of=STRIDE),
+        type=whole_number(16, multiple_of=UNET_STRIDE),
         default=128,
         metavar="PIXELS",
-        help=f"side of a crop, a multiple of {STRIDE} (default: %(default)s)",
+        help=f"side of a crop, a multiple of {UNET_STRIDE} (default: %(default)s)",
     )
     training.add_argument(
         "--norm", choices=("batch", "group"), default="batch", help="layers of the network (default: %(default)s)"

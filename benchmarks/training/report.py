@@ -10,7 +10,7 @@ from data.samples import Sample
 from measure.cost import Quartiles
 from measure.machine import environment
 
-from training.scores import Scores, average_precision_thresholds
+from training.pixel_scores import Scores, average_precision_thresholds
 
 CURVE_EVERY = 10
 

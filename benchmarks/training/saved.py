@@ -12,7 +12,7 @@ from measure.lesion_scores import counts, metrics
 from measure.markdown import aligned
 from torch import Tensor, nn
 
-from training.scores import Scores
+from training.pixel_scores import Scores
 
 ROWS = {
     "f1": "F1, mean over photographs with a lesion",

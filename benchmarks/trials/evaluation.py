@@ -11,7 +11,7 @@ from measure.lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision
 
-from trials.networks import STRIDE
+from trials.networks import ENCODER_STRIDE
 from trials.objective import Settings
 
 
@@ -78,7 +78,7 @@ def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _probability(model: nn.Module, sample: Sample) -> Tensor:
     height, width = sample.image.shape[1:]
     image = sample.image.to(next(model.parameters()).device)
-    filled = nn.functional.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
+    filled = nn.functional.pad(image, (0, -width % ENCODER_STRIDE, 0, -height % ENCODER_STRIDE))
     with torch.inference_mode():
         logits: Tensor = model(encoder_input(filled[None]).contiguous(memory_format=torch.channels_last))
     return logits[0, :, :height, :width].sigmoid()

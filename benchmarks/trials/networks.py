@@ -18,7 +18,7 @@ DECODERS = {
     ),
 }
 ENCODER = "tu-tf_efficientnet_lite0"
-STRIDE = 32
+ENCODER_STRIDE = 32
 PRIOR_LOGIT = -4.0
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from contrastive_exudate_loss import FeatureTap
 from contrastive_exudate_loss.morphology import inner_contour, outer_contour
-from trials.networks import STRIDE
+from trials.networks import ENCODER_STRIDE
 from trials.objective import Settings
 
 SIDE, PHOTOGRAPHS, RADIUS = 512, 4, 2
@@ -55,5 +55,5 @@ def _middle(image: Tensor) -> Tensor:
     """The middle of an image, at most SIDE pixels wide and high, of sides that a network's stride divides."""
     top, left = (max(0, (size - SIDE) // 2) for size in image.shape[-2:])
     middle = image[..., top : top + SIDE, left : left + SIDE]
-    height, width = (size // STRIDE * STRIDE for size in middle.shape[-2:])
+    height, width = (size // ENCODER_STRIDE * ENCODER_STRIDE for size in middle.shape[-2:])
     return middle[..., :height, :width]

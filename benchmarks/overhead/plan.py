@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Setting(NamedTuple):
+class Plan(NamedTuple):
     """How much to measure.
 
     device: on which.
@@ -37,9 +37,9 @@ class Setting(NamedTuple):
     compiled: tuple[str, ...]
 
 
-def full(device: torch.device, seed: int) -> Setting:
+def full(device: torch.device, seed: int) -> Plan:
     """The sizes of a paper's experiment, up to a native photograph."""
-    return Setting(
+    return Plan(
         device,
         seed,
         budget=20.0,
@@ -62,7 +62,7 @@ def full(device: torch.device, seed: int) -> Setting:
     )
 
 
-def quick(device: torch.device, seed: int) -> Setting:
+def quick(device: torch.device, seed: int) -> Plan:
     """Small sizes, to see in a minute that all of it works."""
     return full(device, seed)._replace(
         budget=0.3,

@@ -11,7 +11,7 @@ from torchmetrics.classification import BinaryAveragePrecision, BinaryF1Score, B
 
 # Sorting this many pixels for the exact average precision takes about 2 GB.
 EXACT_PIXELS = 2**25
-THRESHOLDS = 1001
+BINS = 1001
 
 
 class Scores(NamedTuple):
@@ -62,7 +62,7 @@ def scores(probabilities: Sequence[Tensor], samples: Sequence[Sample], threshold
 
 def average_precision_thresholds(samples: Sequence[Sample]) -> int | None:
     """None, for the exact average precision, unless the samples' pixels are too many to sort."""
-    return None if sum(sample.lesion.numel() for sample in samples) <= EXACT_PIXELS else THRESHOLDS
+    return None if sum(sample.lesion.numel() for sample in samples) <= EXACT_PIXELS else BINS
 
 
 def _prediction(model: nn.Module, image: Tensor, stride: int, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from data.samples import Sample, network_input
 from torch import nn
-from training import scores
+from training import pixel_scores
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def test_scores_count_the_pixels_of_all_images_together():
     probabilities, lesion = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
     found = probabilities > 0.5
     hit, wrong, missed = ((found & lesion).sum(), (found & ~lesion).sum(), (lesion & ~found).sum())
-    result = scores.scores([p for p, _ in pairs], [sample_of(mask) for _, mask in pairs])
+    result = pixel_scores.scores([p for p, _ in pairs], [sample_of(mask) for _, mask in pairs])
     assert result.f1 == pytest.approx(float(2 * hit / (2 * hit + wrong + missed)))
     assert result.iou == pytest.approx(float(hit / (hit + wrong + missed)))
     assert result.average_precision == pytest.approx(average_precision(probabilities, lesion))
@@ -43,25 +43,25 @@ def test_scores_count_the_pixels_of_all_images_together():
 
 def test_a_perfect_prediction_scores_1():
     _, lesion = drawn((12, 10), 2)
-    assert scores.scores([lesion.float()], [sample_of(lesion)]) == (1, 1, 1)
+    assert pixel_scores.scores([lesion.float()], [sample_of(lesion)]) == (1, 1, 1)
 
 
 def test_scores_without_any_lesion_are_0():
-    assert scores.scores([torch.rand(8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.bool))]) == (0, 0, 0)
+    assert pixel_scores.scores([torch.rand(8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.bool))]) == (0, 0, 0)
 
 
 def test_binned_average_precision_is_near_the_exact_one():
     probability, lesion = drawn((40, 50), 3)
-    binned = scores.scores([probability], [sample_of(lesion)], thresholds=1001).average_precision
+    binned = pixel_scores.scores([probability], [sample_of(lesion)], thresholds=1001).average_precision
     assert binned == pytest.approx(average_precision(probability, lesion), abs=0.01)
 
 
 def test_average_precision_is_exact_until_the_pixels_are_too_many(monkeypatch):
     samples = 2 * [sample_of(torch.zeros(10, 10, dtype=torch.bool))]
-    monkeypatch.setattr(scores, "EXACT_PIXELS", 200)
-    assert scores.average_precision_thresholds(samples) is None
-    monkeypatch.setattr(scores, "EXACT_PIXELS", 199)
-    assert scores.average_precision_thresholds(samples) == scores.THRESHOLDS
+    monkeypatch.setattr(pixel_scores, "EXACT_PIXELS", 200)
+    assert pixel_scores.average_precision_thresholds(samples) is None
+    monkeypatch.setattr(pixel_scores, "EXACT_PIXELS", 199)
+    assert pixel_scores.average_precision_thresholds(samples) == pixel_scores.BINS
 
 
 class Stride8(nn.Module):
@@ -77,5 +77,5 @@ class Stride8(nn.Module):
 def test_a_prediction_has_the_size_of_its_image(height, width):
     image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sample = Sample("random", image, torch.zeros(height, width, dtype=torch.bool))
-    (prediction,) = scores.predictions(Stride8(), [sample], 8, CPU)
+    (prediction,) = pixel_scores.predictions(Stride8(), [sample], 8, CPU)
     torch.testing.assert_close(prediction, network_input(image[0]).sigmoid())

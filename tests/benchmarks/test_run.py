@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDED, RECORDED_ON_CUDA = (
     json.loads((ROOT / f"benchmarks/results/run-{device}.json").read_text()) for device in ("cpu", "cuda")
 )

@@ -1,6 +1,6 @@
 """Mutation testing: which small changes of the package do the tests not notice?
 
-    python tests/mutants.py FOLDER [MODULE ...] [--most N] [--again]
+    python tests/long/mutants.py FOLDER [MODULE ...] [--most N] [--again]
 
 makes the mutants of cosmic-ray of each module in FOLDER/MODULE, in a copy of package, tests and benchmarks, runs the
 module's tests on each, prints the survivors and what share was killed, and goes on from there when called again.
@@ -36,7 +36,7 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResul
 from hypothesis import HealthCheck, Phase, settings
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOGETHER = "test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch"
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {

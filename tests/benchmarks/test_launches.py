@@ -59,7 +59,7 @@ def test_all_but_the_contrast_is_made_into_kernels(name, stride, dtype):
     assert all("sort" in operator for operator in others), others
     assert found["backward"].others == []
     if name == "combined":
-        page = (Path(__file__).parents[1] / "docs/performance.md").read_text()
+        page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
         for direction in ("forward", "backward"):
             counts = len(found[direction].kernels), len(found[direction].others)
             assert re.search(rf"\| combined +\| {stride} +\| {direction} +\| {counts[0]} +\| {counts[1]} ", page)

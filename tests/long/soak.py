@@ -1,6 +1,6 @@
 """A soak: random valid calls against the slow reference, random invalid calls against the door.
 
-    python tests/soak.py [--valid N] [--invalid N] [--seed S]
+    python tests/long/soak.py [--valid N] [--invalid N] [--seed S]
 
 Each call comes of a seed of its own, which is printed where it fails: soak.valid_call(seed) repeats it.
 """
@@ -15,12 +15,12 @@ import traceback
 import warnings
 from pathlib import Path
 
-import reference
 import torch
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.extend(str(Path(__file__).resolve().parents[2] / name) for name in ("tests", "benchmarks"))
 
+import reference
 from overhead.published_loop import published_loop
 
 import contrastive_exudate_loss

@@ -18,28 +18,28 @@ from typing import Any
 # PyTorch's profiler, which counts the memory, reports each of its starts otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from machine import environment
-from options import device, picture_file, whole_number, writable_file
-from plots import write_growth
-from sections import SECTIONS
-from settings import full, quick
-from tables import markdown
+from measure.arguments import device, picture_file, whole_number, writable_file
+from measure.machine import environment
+from overhead.plan import full, quick
+from overhead.plots import write_growth
+from overhead.sections import SECTIONS
+from overhead.tables import markdown
 from tqdm import tqdm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; the process's exit code."""
     options = _parsed(arguments)
-    setting = (quick if options.quick else full)(options.device, options.seed)
+    plan = (quick if options.quick else full)(options.device, options.seed)
     figures: dict[str, Any] = {
-        "configuration": setting._asdict() | {"device": str(options.device)},
+        "configuration": plan._asdict() | {"device": str(options.device)},
         "environment": environment(options.device),
         "sections": {},
     }
     with tqdm(SECTIONS.items(), unit="section") as progress:
         for name, section in progress:
             progress.set_description(name)
-            figures["sections"][name] = section(setting, progress.set_postfix_str)
+            figures["sections"][name] = section(plan, progress.set_postfix_str)
             options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(markdown(figures))
     write_growth(options.output, figures)

@@ -26,22 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost import PeakMemory, quartiles
-from idrid import DataError
-from lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold, metrics
-from machine import environment
-from networks import STRIDE, network
-from objective import Objective, Settings, gradient_norms
-from options import whole_number
-from photographs import CHANNELS, augmented_crops, encoder_input, photographs, train_validation_split
-from questions import QUESTIONS, Question
-from samples import Sample
-from similarity import band_similarity
-from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_average_precision
+from data.idrid import DataError
+from data.photographs import augmented_crops, photographs, train_validation_split
+from measure.arguments import whole_number
+from measure.cost import PeakMemory, quartiles
+from measure.machine import environment
+from torch import Tensor
 from tqdm import tqdm
+from trials.evaluation import best_thresholds, evaluation
+from trials.networks import network
+from trials.objective import Objective, gradient_norms
+from trials.questions import QUESTIONS, Question
+from trials.record import RESULTS, read_lines, runs_of
+from trials.similarity import band_similarity
 
-RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 LEARNING_RATE, WARM_UP = 1e-3, 50
 CURVE_EVERY, NORMS_EVERY = 150, 50
 
@@ -136,75 +134,6 @@ def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> di
     return figures
 
 
-def evaluation(
-    model: nn.Module, samples: Sequence[Sample], settings: Settings, tuned: Sequence[float] = ()
-) -> dict[str, Any]:
-    """Metrics of whole photographs at probability 0.5, and what they are made of.
-
-    Args:
-        model: gives logits of the settings' lesions.
-        samples: photographs with all masks.
-        settings: of the run.
-        tuned: for each lesion another threshold.
-
-    Returns:
-        lesion_scores.metrics and average_precision: each the mean over the lesions.
-        f1_by_threshold: for each lesion a list, each the mean over the photographs with the lesion.
-        photographs: for each photograph and lesion its name, the lesion, and lesion_scores.counts.
-        tuned: the metrics and photographs at those thresholds, if there are any.
-    """
-    levels = [[0.5] * len(settings.lesions), *([tuned] if tuned else [])]
-    found: list[list[dict[str, Any]]] = [[] for _ in levels]
-    probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
-    truth: list[list[Tensor]] = [[] for _ in settings.lesions]
-    by_threshold: list[list[list[float]]] = [[] for _ in settings.lesions]
-    model.eval()
-    for sample in samples:
-        probability = _probability(model, sample)
-        shown = np.asarray(probability.cpu())
-        disc = np.asarray(sample.lesion[CHANNELS.index("OD")])
-        for k, lesion in enumerate(settings.lesions):
-            mask = sample.lesion[CHANNELS.index(lesion)]
-            probabilities[k].append(probability[k].flatten())
-            truth[k].append(mask.flatten().to(probability.device))
-            if mask.any():
-                by_threshold[k].append(f1_by_threshold(shown[k], np.asarray(mask)))
-            for level, own in zip(levels, found, strict=True):
-                numbers = counts(shown[k] > level[k], np.asarray(mask), disc)
-                own.append({"name": sample.name, "lesion": lesion, **numbers})
-    precisions = [
-        float(binary_average_precision(torch.cat(p), torch.cat(t).int()))
-        for p, t in zip(probabilities, truth, strict=True)
-    ]
-    means = [np.mean(f1, 0) if f1 else np.zeros(len(THRESHOLDS)) for f1 in by_threshold]
-    return {
-        **_mean_metrics(found[0]),
-        "average_precision": sum(precisions) / len(precisions),
-        "f1_by_threshold": np.round(means, 5).tolist(),
-        "photographs": found[0],
-    } | ({"tuned": {**_mean_metrics(found[1]), "photographs": found[1]}} if tuned else {})
-
-
-def best_thresholds(f1: Sequence[Sequence[float]]) -> list[float]:
-    """For each lesion the threshold with the largest F1, from its f1_by_threshold."""
-    return [THRESHOLDS[int(np.argmax(of_lesion))] for of_lesion in f1]
-
-
-def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Each metric's mean over the lesions."""
-    tables = [metrics(photographs) for photographs in by_lesion(found)]
-    return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
-
-
-def _probability(model: nn.Module, sample: Sample) -> Tensor:
-    height, width = sample.image.shape[1:]
-    image = sample.image.to(next(model.parameters()).device)
-    filled = nn.functional.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
-    with torch.inference_mode():
-        logits: Tensor = model(encoder_input(filled[None]).contiguous(memory_format=torch.channels_last))
-    return logits[0, :, :height, :width].sigmoid()
-
-
 def _now(device: torch.device) -> float:
     """Seconds by the clock, once the device has done what it has been given."""
     if device.type == "cuda":
@@ -241,32 +170,9 @@ def _file_name(name: str, question: Question, seed: int) -> str:
     return f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
 
 
-def read_lines(results: Path) -> list[dict[str, Any]]:
-    """The runs in the file, none if there is no file."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
-def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those lines that answer the question for one of its arms, one a seed, in the order of the seeds.
-
-    That is with the settings that the arm has now, with seeds that the question asks for, on its device, and after a
-    look at the test photographs where they count. Of several lines of a seed the last one stands.
-    """
-    settings = json.loads(json.dumps(dataclasses.asdict(question.arms[name])))
-    fitting = {
-        line["seed"]: line
-        for line in lines
-        if line["settings"] == settings
-        and line["seed"] in question.seeds
-        and (line["tested"] or not question.tested)
-        # The first lines do not name it.
-        and line.get("device", "cpu") == question.device
-    }
-    return [fitting[seed] for seed in sorted(fitting)]
-
-
 def _commit() -> str:
     """The last commit that changed code, with a plus where code has been changed since."""
+    # In a pattern of git the star matches slashes too, so this one finds the code of the packages.
     code = ["--", ":(top)contrastive_exudate_loss", ":(top)benchmarks/*.py"]
     last, changed = (
         subprocess.run(["git", *command, *code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from differences import measured, of_each_seed, over_photographs, over_seeds, paired
-from lesion_scores import FIRST_THRESHOLDS, THRESHOLDS
-from objective import rise
-from questions import QUESTIONS, Question
-from study import RESULTS, read_lines, runs_of
-from study_plots import write_curves, write_differences
-from tables import aligned
+from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS
+from measure.markdown import aligned
+from trials.differences import measured, of_each_seed, over_photographs, over_seeds, paired
+from trials.objective import rise
+from trials.plots import write_curves, write_differences
+from trials.questions import QUESTIONS, Question
+from trials.record import RESULTS, read_lines, runs_of
 
 BEGIN, END = "<!-- written by benchmarks/summary.py: begin -->", "<!-- end -->"
 SHOWN = {

@@ -2,7 +2,7 @@
 
 Both begin with the same weights and see the same crops in the same order.
 Unless --alpha and --beta say otherwise, the weights are those of CombinedExudateLoss.weak_edge().
-Without --data the photographs are drawn (synthetic.py); with it they are IDRiD's (idrid.py).
+Without --data the photographs are drawn (data/synthetic.py); with it they are IDRiD's (data/idrid.py).
 Prints a table, and writes one PNG and, if asked, the figures as JSON.
 
     python benchmarks/train.py
@@ -21,8 +21,8 @@ With --eval-only nothing is trained: the networks that --save has written are ju
 
 F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
 Seconds per step (median and quartiles) are of forward, loss, backward and optimiser, not of cutting the crops out.
-The loss's share of a step is measured on further steps after the training and the evaluation: see cost.loss_share.
-Peak memory is that of the training steps: see cost.PeakMemory.
+The loss's share of a step is measured on further steps, after the training and the evaluation: see loss_share in
+measure/cost.py. Peak memory is that of the training steps: see PeakMemory there.
 """
 
 import argparse
@@ -37,19 +37,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import segmentation_models_pytorch as smp
 import torch
-from cost import PeakMemory, loss_share, quartiles, timed
-from evaluation import evaluation_table, lesion_metrics, save, saved_networks
-from folders import paired_files
-from idrid import DataError, Files, read_samples, split_files
-from options import STRIDE, parsed
-from picture import write_picture
-from ranks import averaging_gradients, mean_of_processes, own_share, process_group, rank
-from report import Arm, Data, figures, table
-from samples import Sample, random_batch
-from scores import average_precision_thresholds, predictions, scores
-from synthetic import fundus_samples
+from data.folders import paired_files
+from data.idrid import DataError, Files, read_samples, split_files
+from data.samples import Sample, random_batch
+from data.synthetic import fundus_samples
+from measure.cost import PeakMemory, loss_share, quartiles, timed
 from torch import Tensor, nn
 from tqdm import tqdm
+from training.command_line import UNET_STRIDE, parsed
+from training.picture import write_picture
+from training.pixel_scores import average_precision_thresholds, predictions, scores
+from training.ranks import averaging_gradients, mean_of_processes, own_share, process_group, rank
+from training.report import Arm, Data, figures, table
+from training.saved import evaluation_table, lesion_metrics, save, saved_networks
 
 from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
@@ -99,7 +99,7 @@ def _evaluated(options: argparse.Namespace) -> int:
     samples = _read(paired_files(options.images, options.masks), options.size, "photographs")
     arms, predicted = {}, {}
     for name, model in networks.items():
-        predicted[name] = predictions(model.to(options.device), samples, STRIDE, options.device)
+        predicted[name] = predictions(model.to(options.device), samples, UNET_STRIDE, options.device)
         scored = scores(predicted[name], samples, average_precision_thresholds(samples))
         arms[name] = lesion_metrics(predicted[name], samples, scored)
     print(f"photographs: {len(samples)}, with lesion: {sum(bool(sample.lesion.any()) for sample in samples)}")
@@ -131,7 +131,7 @@ def _trained(
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     peak = memory.read()
     judged = [] if rank() else data.held_out
-    predicted = predictions(model, judged, STRIDE, options.device)
+    predicted = predictions(model, judged, UNET_STRIDE, options.device)
     scored = scores(predicted, judged, average_precision_thresholds(judged))
     state = copy.deepcopy(model.state_dict())  # the next steps go on training
     share = loss_share(step, model.train(), criterion, tap, itertools.islice(batches, SHARE_STEPS))

@@ -21,10 +21,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from lesion_scores import EIGHT
-from picture import DENSE, FALSE, INNER, OUTER, Window
-from samples import Sample
-from synthetic import fundus_samples
+from data.samples import Sample
+from data.synthetic import fundus_samples
+from measure.lesion_scores import EIGHT
+from training.picture import DENSE, FALSE, INNER, OUTER, Window
 
 from contrastive_exudate_loss import CombinedExudateLoss
 from contrastive_exudate_loss.contrast import contrast_loss, directions

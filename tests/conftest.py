@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # A program that needs more than the tests are installed with; --doctest-modules would import it.
-collect_ignore = ["mutants.py"]
+collect_ignore = ["long/mutants.py"]
 # Slow loops are the oracle: no deadline, and the same cases in each run of CI.
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

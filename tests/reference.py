@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import scipy.ndimage
 import torch
 
 
@@ -171,42 +170,3 @@ def cross_entropy(logits, target, ignore_index=None):
         if value != ignore_index:
             terms.append(-torch.nn.functional.logsigmoid(logit if value == 1 else -logit))
     return sum(terms) / len(terms) if terms else logits.sum() * 0
-
-
-def published_loop(features, target):
-    """The edge and density terms of the authors' published code, in its manner: patch by patch, masks on the CPU.
-
-    As section "hecl" of the docs describes it: 5 x 5 patches, dense from a lesion fraction of 0.3, the 3 densest and
-    the 3 sparsest of the batch; bands by erosion and dilation with scipy's cross in each patch alone (dense: inner 2,
-    outer 2; sparse: inner 1, outer 5), pooled to one inner and one outer vector per image.
-    """
-    rows, columns = target.shape[2] // 5, target.shape[3] // 5
-    shares, means, edges, sides = [], [], [], []
-    for image in range(len(target)):
-        sums = {True: 0, False: 0}
-        counts = {True: 0, False: 0}
-        for i, j in itertools.product(range(5), range(5)):
-            part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
-            patch, mask = features[image, :, part[0], part[1]], target[image, 0, part[0], part[1]]
-            lesion = mask.cpu().numpy() == 1
-            shares.append(lesion.mean())
-            means.append(patch.mean((1, 2)))
-            if lesion.all() or not lesion.any():
-                continue
-            inner, outer = (2, 2) if shares[-1] >= 0.3 else (1, 5)
-            bands = {
-                True: lesion & ~scipy.ndimage.binary_erosion(lesion, iterations=inner),
-                False: scipy.ndimage.binary_dilation(lesion, iterations=outer) & ~lesion,
-            }
-            for inside, band in bands.items():
-                band = torch.from_numpy(band).to(patch)
-                sums[inside] = sums[inside] + (patch * band).sum((1, 2))
-                counts[inside] += band.sum()
-        for inside in (True, False):
-            if counts[inside] > 0:
-                edges.append(sums[inside] / counts[inside])
-                sides.append(inside)
-    dense = sorted((n for n, share in enumerate(shares) if share >= 0.3), key=lambda n: -shares[n])[:3]
-    sparse = sorted((n for n, share in enumerate(shares) if share < 0.3), key=lambda n: shares[n])[:3]
-    labels = [True] * len(dense) + [False] * len(sparse)
-    return contrast(edges, sides), contrast([means[n] for n in dense + sparse], labels)

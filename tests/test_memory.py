@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cost import extra_memory
-from workloads import drawn_batch, pixels_as_patches
+from measure.cost import extra_memory
+from overhead.workloads import drawn_batch, pixels_as_patches
 
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss
 

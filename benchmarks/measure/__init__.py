@@ -1,0 +1,1 @@
+"""What several commands share: cost and quality, the machine, tables, and the reading of command lines."""

@@ -1,0 +1,53 @@
+"""The plots of the study: validation curves, and differences between arms with their intervals."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trials.differences import over_seeds
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#000000", "#0072b2", "#e69f00", "#009e73", "#d55e00")
+CURVES = {"f1": "F1 of the validation fold", "average_precision": "average precision of the validation fold"}
+
+
+def write_curves(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write one PNG: a panel for each metric, a line for each arm, the mean over its seeds, each seed faint."""
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (metric, label) in zip(figure.subplots(len(CURVES), 1), CURVES.items(), strict=True):
+        for (name, runs), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
+            curves = [[point[metric] for point in run["curve"]] for run in runs]
+            steps = [point["step"] for point in runs[0]["curve"]]
+            for curve in curves:
+                panel.plot(steps, curve, color=colour, alpha=0.2)
+            panel.plot(steps, np.mean(curves, 0), "o-", color=colour, label=f"{name} ({len(curves)})")
+        panel.set(xlabel="steps", ylabel=label)
+        panel.grid(alpha=0.3)
+        panel.legend(title="arm (seeds)", fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: str) -> None:
+    """Write one PNG: for each arm its differences, one a seed, faint; their mean, and its interval if it has one."""
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for y, differences in enumerate(rows.values()):
+        mean, interval = over_seeds(differences)
+        panel.plot(differences, [y] * len(differences), "o", color=COLOURS[0], alpha=0.3)
+        panel.plot(mean, y, "D", color=COLOURS[1])
+        if interval is not None:
+            panel.plot(interval, (y, y), color=COLOURS[1])
+    panel.axvline(0, color=COLOURS[0], linewidth=0.8)
+    panel.set_yticks(range(len(rows)), [f"{name} ({len(differences)})" for name, differences in rows.items()])
+    panel.invert_yaxis()
+    panel.set_ylabel("arm (seeds)")
+    figure.supxlabel(label, fontsize="medium")
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)

@@ -38,46 +38,62 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TOGETHER = "test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch"
+# Of the modules that every call goes through.
+WHOLE = [
+    "test_checks.py",
+    "test_modules.py",
+    "test_losses.py",
+    "test_degenerate.py",
+    "test_combined.py",
+    "test_hecl.py",
+    "test_features.py",
+    "test_devices.py",
+    "test_distributed.py::test_on_the_cpu_each_process_contrasts_the_whole",
+    f"test_distributed.py::{TOGETHER}[density, the best-(1, 5)]",
+    f"test_distributed.py::{TOGETHER}[edge, of images-(3, 3)]",
+    "test_distributed.py::test_so_they_do_where_they_share_out_the_anchors_as_on_cuda[nt_xent-density-(1, 5)]",
+    "test_distributed.py::test_one_process_gives_the_same_with_a_group_and_without_one",
+    "test_distributed.py::test_without_the_option_each_rank_contrasts_its_own[density]",
+    "test_distributed.py::test_without_gradients_one_rank_works_alone",
+]
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
     "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
+    "_options": WHOLE,
+    "_supervised": ["test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
+    "_terms": WHOLE,
     "contrast": ["test_contrast.py"],
+    "contrast_pairs": ["test_contrast.py"],
+    "contrast_rows": ["test_contrast.py"],
     "distributed": ["test_distributed.py"],
     "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused"],
-    "losses": [
-        "test_checks.py",
-        "test_modules.py",
-        "test_losses.py",
-        "test_degenerate.py",
-        "test_combined.py",
-        "test_hecl.py",
-        "test_features.py",
-        "test_devices.py",
-        "test_distributed.py::test_on_the_cpu_each_process_contrasts_the_whole",
-        f"test_distributed.py::{TOGETHER}[density, the best-(1, 5)]",
-        f"test_distributed.py::{TOGETHER}[edge, of images-(3, 3)]",
-        "test_distributed.py::test_so_they_do_where_they_share_out_the_anchors_as_on_cuda[nt_xent-density-(1, 5)]",
-        "test_distributed.py::test_one_process_gives_the_same_with_a_group_and_without_one",
-        "test_distributed.py::test_without_the_option_each_rank_contrasts_its_own[density]",
-        "test_distributed.py::test_without_gradients_one_rank_works_alone",
-    ],
+    "graph": ["test_features.py"],
+    "losses": WHOLE,
+    "masks": ["test_masks.py", "test_morphology.py", "test_losses.py", "test_degenerate.py"],
     "morphology": ["test_morphology.py"],
     "patches": ["test_patches.py"],
     "pooling": ["test_pooling.py"],
+    "slots": ["test_slots.py", "test_pooling.py"],
 }
 SLOW = (
     "training_an_smp",  # of test_features
     "compile",  # of test_devices and test_distributed
     "another_supervised_loss",  # of test_combined
     "gradcheck",
-    "operators_of_masks",  # of test_losses
+    "operators_of_masks",  # of test_masks
     "max_patches_is_uniform",
     "weights_of_one",  # of test_distributed
 )
 EXAMPLES = 15  # that hypothesis draws for a law
 Place = tuple[int, int]  # row and column
 # Lines that only a CUDA or MPS device can tell from their mutants.
-OTHER_DEVICES = ("torch.cuda.is_current_stream_capturing", "self._values_checked", '"mps"', "_fill_on_cuda(z.device)")
+OTHER_DEVICES = (
+    "torch.cuda.is_current_stream_capturing",
+    "self._values_checked",
+    '"mps"',
+    "_filled_on_cuda(z.device)",
+    "TILE_ON_CUDA",
+)
 # What the tests import, the package and the tests themselves excepted.
 IMPORTED = (
     "hypothesis",

@@ -7,6 +7,7 @@ from contrastive_exudate_loss.losses import (
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
 )
+from contrastive_exudate_loss.pull import Pull
 
 __version__ = "0.1.0"
 
@@ -16,5 +17,6 @@ __all__ = [
     "LossTerms",
     "PatchDensityContrastLoss",
     "PatchEdgeContrastLoss",
+    "Pull",
     "__version__",
 ]

@@ -59,7 +59,7 @@ class PatchContrastLoss(MaskLoss):
         _checks.check_features(features, target)
         features, target = plain(features), plain(target)
         self._check_values(target, [self.ignore_index])
-        (loss,) = term_losses([self], features, target)
+        (loss,) = term_losses([self], [features], target)
         return loss
 
     def extra_repr(self) -> str:
@@ -96,22 +96,23 @@ class PatchContrastLoss(MaskLoss):
         raise NotImplementedError
 
 
-def term_losses(terms: Sequence[PatchContrastLoss], features: Tensor, target: Tensor) -> list[Tensor]:
-    """The loss of each term, from one pooling for all terms with patches of the same size.
+def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    """The loss of each term, from one pooling for all that have the same features and patches of the same size.
 
     Args:
         terms: with options that have been checked.
-        features: (B, C, h, w), floating.
+        features: of each term, (B, C, h, w), floating.
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
     sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
+    pooled_as = list(zip(sides, map(id, features), strict=True))
     losses = {}
     with full_precision(target):
         regions = [term._regions(target, own) for term, own in zip(terms, sides, strict=True)]
-        for shared in dict.fromkeys(sides):
-            members = [n for n, own in enumerate(sides) if own == shared]
+        for shared in dict.fromkeys(pooled_as):
+            members = [n for n, own in enumerate(pooled_as) if own == shared]
             masks = [regions[n].masks for n in members]
-            pooled = masked_sums(features, side_by_side(masks), shared)
+            pooled = masked_sums(features[members[0]], side_by_side(masks), shared[0])
             parts = (whole.split([mask.shape[1] for mask in masks], 1) for whole in pooled)
             for n, sums, counts in zip(members, *parts, strict=True):
                 losses[n] = _class_mean(terms[n], terms[n]._candidates(sums, counts, regions[n]))

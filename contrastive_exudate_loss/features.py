@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from contrastive_exudate_loss import graph
+from contrastive_exudate_loss.norms import Recorded
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _DATA_PARALLEL = (
@@ -59,6 +60,9 @@ class FeatureTap:
         self._running = False
         self._runs = 0
         self._made: Node | None = None  # what made the model's main logits
+        self.measures = False  # whether to write down the norm of the gradient at the layer's input, for a Pull
+        self._norm = torch.zeros(3)  # as pull.py reads it: number of backward passes, norm, 1
+        self._handed: Tensor | None = None  # the input of which the layer was given a recorded copy
         self._chooses = layer is None
         self._seen: dict[Node, graph.Run] = {}
         self._handles = [
@@ -97,6 +101,11 @@ class FeatureTap:
             )
         return self._features
 
+    @property
+    def knows_its_layer(self) -> bool:
+        """Whether the layer was given or has been chosen."""
+        return self._layer_name is not None
+
     def take(self) -> Tensor:
         """The features, which the tap no longer keeps afterwards."""
         features = self.features
@@ -113,7 +122,7 @@ class FeatureTap:
         for handle in (*self._handles, *self._watchers.values()):
             handle.remove()
         self._handles, self._watchers = [], {}
-        self._features = self._made = None
+        self._features = self._made = self._handed = None
         self._closed = True
         self._seen.clear()
 
@@ -130,7 +139,7 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = dict.fromkeys(("_features", "_made")) | {"_handles": [], "_watchers": {}, "_seen": {}}
+        untapped = dict.fromkeys(("_features", "_made", "_handed")) | {"_handles": [], "_watchers": {}, "_seen": {}}
         return self.__dict__ | untapped | {"_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -138,7 +147,7 @@ class FeatureTap:
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features = self._made = None
+        self._features = self._made = self._handed = None
         self._taken, self._running, self._runs = False, True, 0
         self._seen.clear()
 
@@ -200,11 +209,11 @@ class FeatureTap:
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
         self._layer_name = name
-        self._handles.append(layer.register_forward_hook(_Hook(self._keep), with_kwargs=True))
+        self._handles.append(layer.register_forward_pre_hook(_Hook(self._keep), with_kwargs=True))
 
-    def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _recomputing():
-            return
+            return None
         given = _first_tensor(args, kwargs)
         if given is None or given.dim() != 4:
             got = "no tensor" if given is None else str(tuple(given.shape))
@@ -213,6 +222,42 @@ class FeatureTap:
             )
         self._features = _channels_second(layer, given)
         self._runs = self._runs + 1 if self._running else 1
+        if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
+            return None
+        # The layer gets a copy whose gradient is that of the logits alone, the terms the input itself.
+        recorded = Recorded.apply(given, self._norm, 1, True, None, None)
+        self._handed = given
+        swapped = {id(given): recorded}
+        return (
+            tuple(swapped.get(id(value), value) for value in args),
+            {name: swapped.get(id(value), value) for name, value in kwargs.items()},
+        )
+
+    def _can_record(self, given: Tensor) -> bool:
+        """Whether there is a record on the device; compiled code cannot make one."""
+        if self._norm.device != given.device and not torch.compiler.is_compiling():
+            self._norm = torch.zeros(3, device=given.device)
+        self._norm[2] = 1
+        return self._norm.device == given.device
+
+
+def recorded_norm(tap: FeatureTap, features: Tensor | None) -> Tensor | None:
+    """The record in which the backward pass of the last forward pass will write the norm at the layer's input.
+
+    Args:
+        tap: whose features are in use.
+        features: what is made of them; None where they are used as they are.
+
+    Returns:
+        (3,), float32; None if the layer was given no recorded copy, or the features are made of something else.
+    """
+    handed, tap._handed = tap._handed, None
+    if handed is None or features is None or torch.compiler.is_compiling():
+        return None if handed is None else tap._norm
+    if handed.grad_fn is None or features.grad_fn is None:
+        return None
+    behind = graph.nodes_behind(features.grad_fn, lambda node: node is handed.grad_fn)
+    return tap._norm if handed.grad_fn in behind else None
 
 
 def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:
@@ -264,10 +309,10 @@ def _check_origin(tap: FeatureTap, logits: Node | None, features: Node | None) -
 class _Hook:
     """A hook that stays behind when its model is copied or pickled."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss import _checks, pull
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
-from contrastive_exudate_loss.features import FeatureTap, taken_features
+from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
+from contrastive_exudate_loss.features import FeatureTap, recorded_norm, taken_features
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pooling import embeddings
+from contrastive_exudate_loss.pull import Pull
 
 if TYPE_CHECKING:  # not in Python 3.10
     from typing import Self
+
+# Training calls in which features given by hand are differentiated for a Pull: each of the first, then every so many.
+OFTEN, SELDOM = 100, 20
 
 
 class PatchDensityContrastLoss(PatchContrastLoss):
@@ -223,12 +228,17 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
 
 
 class LossTerms(NamedTuple):
-    """What CombinedExudateLoss.terms gives: total = supervised + alpha density + beta edge, each a scalar tensor."""
+    """What CombinedExudateLoss.terms gives: total = supervised + alpha density + beta edge, each a scalar tensor.
+
+    density and edge are unweighted, 0 where skipped; alpha and beta are the weights that were used, without gradient.
+    """
 
     total: Tensor
     supervised: Tensor
     density: Tensor
     edge: Tensor
+    alpha: Tensor
+    beta: Tensor
 
 
 class CombinedExudateLoss(MaskLoss):
@@ -236,10 +246,12 @@ class CombinedExudateLoss(MaskLoss):
 
         total = supervised + alpha density + beta edge
 
-    The weights are the paper's unless given; on IDRiD they lowered F1 (docs/results.md), where weak_edge() did not.
+    By default the edge term alone, whose weight the criterion sets so that the term pulls at the features as hard as
+    the supervised loss (Pull). The weights of the paper are paper()'s.
 
     Args:
-        alpha: weight of the density term, finite and >= 0; 0 skips its work. May be set between steps.
+        alpha: weight of the density term, a number, finite and >= 0, or a Pull; 0 skips its work. May be set between
+            steps.
         beta: weight of the edge term, likewise.
         supervised: called as supervised(logits, target), gives a scalar; None is binary cross-entropy with logits,
             the mean over valid pixels. It gets the target as it is, ignored values too; a warning says once
@@ -260,32 +272,36 @@ class CombinedExudateLoss(MaskLoss):
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, no features are given, the logits do not belong
-            to those of the tap as far as the autograd graph tells, or a part's ignore_index contradicts this one's.
+            to those of the tap as far as the autograd graph tells, a Pull has nothing to measure, or a part's
+            ignore_index contradicts this one's.
             The target's values are checked at every call on the CPU, at the first call on CUDA, and never in compiled
             code.
         RuntimeError: the tap has nothing to give.
 
     Example:
-        >>> logits = torch.randn(2, 1, 64, 64, requires_grad=True)
-        >>> features = torch.rand(2, 8, 32, 32, requires_grad=True)
+        >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
+        >>> logits = nn.Conv2d(8, 1, 1)(features)
         >>> target = torch.zeros(2, 1, 64, 64)
         >>> target[:, :, 20:40, 20:40] = 1
         >>> criterion = CombinedExudateLoss()
         >>> loss = criterion(logits, target, features)
         >>> loss.backward()
         >>> criterion.terms(logits, target, features)._fields
-        ('total', 'supervised', 'density', 'edge')
+        ('total', 'supervised', 'density', 'edge', 'alpha', 'beta')
 
     Reference:
-        Tang et al. 2023, arXiv 2302.11517: alpha = 0.02 and beta = 0.1.
+        Tang et al. 2023, arXiv 2302.11517.
     """
 
-    _learning_seen = False  # of the class, for earlier pickles
+    # Of the class, for earlier pickles.
+    _learning_seen = False
+    _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
+    _pull_calls, _pull_known = 0, False
 
     def __init__(
         self,
-        alpha: float = 0.02,
-        beta: float = 0.1,
+        alpha: float | Pull = 0.0,
+        beta: float | Pull = Pull(1.0),
         *,
         supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
         density: PatchDensityContrastLoss | None = None,
@@ -295,7 +311,7 @@ class CombinedExudateLoss(MaskLoss):
     ) -> None:
         super().__init__(ignore_index)
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            _checks.check_number(name, weight, 0)  # before nn.Module takes a module given by mistake for a part
+            self._weight(name, weight)  # before nn.Module takes a module given by mistake for a part
         self.alpha = alpha
         self.beta = beta
         self.supervised = supervised
@@ -314,6 +330,39 @@ class CombinedExudateLoss(MaskLoss):
                 f"features must be None or a FeatureTap, got {type(tap).__name__}; give a tensor of features to each "
                 "call instead"
             )
+
+    @classmethod
+    def paper(
+        cls,
+        *,
+        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        ignore_index: int | None = None,
+        features: FeatureTap | None = None,
+    ) -> "Self":
+        """The criterion with the weights of the paper's first version: supervised + 0.02 density + 0.1 edge.
+
+        On IDRiD they lowered F1 in every run (docs/results.md).
+
+        Args:
+            supervised: as in the constructor.
+            ignore_index: as in the constructor.
+            features: as in the constructor.
+
+        Returns:
+            The criterion, whose weights can be set.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+
+        Example:
+            >>> criterion = CombinedExudateLoss.paper()
+            >>> criterion.alpha, criterion.beta
+            (0.02, 0.1)
+
+        Reference:
+            Tang et al. 2023, arXiv 2302.11517v1.
+        """
+        return cls(0.02, 0.1, supervised=supervised, ignore_index=ignore_index, features=features)
 
     @classmethod
     def hecl(
@@ -373,9 +422,7 @@ class CombinedExudateLoss(MaskLoss):
     ) -> "Self":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
-        What it gained and did not gain on IDRiD is in docs/results.md, questions e and k; beside Dice + BCE or Tversky
-        beta = 0.02, rising, gained more (question t). The weight suits networks whose features are of the scale of
-        those there, and docs/setting.md tells how to find it for others.
+        Deprecated: CombinedExudateLoss() sets the weight itself, whatever the network and the supervised loss.
 
         Args:
             supervised: as in the constructor.
@@ -389,32 +436,34 @@ class CombinedExudateLoss(MaskLoss):
             TypeError, ValueError: as the constructor.
 
         Example:
-            >>> criterion = CombinedExudateLoss.weak_edge()
-            >>> criterion.alpha, criterion.beta
-            (0.0, 0.002)
+            >>> CombinedExudateLoss(beta=0.002).beta  # the same without the warning
+            0.002
         """
+        warnings.warn(
+            "CombinedExudateLoss.weak_edge() goes with the next version; use CombinedExudateLoss(...), which sets the "
+            "edge term's weight itself, or CombinedExudateLoss(beta=0.002, ...) for the same as here",
+            FutureWarning,
+            stacklevel=2,
+        )
         return cls(0.0, 0.002, supervised=supervised, ignore_index=ignore_index, features=features)
 
     @property
-    def alpha(self) -> float:
+    def alpha(self) -> float | Pull:
         """Weight of the density term."""
-        return float(self._alpha)
+        return self._alpha if isinstance(self._alpha, Pull) else float(self._alpha)
 
     @alpha.setter
-    def alpha(self, value: float) -> None:
-        _checks.check_number("alpha", value, 0)
-        # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
-        self._alpha, self._uses_density = torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
+    def alpha(self, value: float | Pull) -> None:
+        self._alpha, self._uses_density = self._weight("alpha", value)
 
     @property
-    def beta(self) -> float:
+    def beta(self) -> float | Pull:
         """Weight of the edge term."""
-        return float(self._beta)
+        return self._beta if isinstance(self._beta, Pull) else float(self._beta)
 
     @beta.setter
-    def beta(self, value: float) -> None:
-        _checks.check_number("beta", value, 0)
-        self._beta, self._uses_edge = torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
+    def beta(self, value: float | Pull) -> None:
+        self._beta, self._uses_edge = self._weight("beta", value)
 
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The weighted total; arguments as under Shape."""
@@ -429,6 +478,7 @@ class CombinedExudateLoss(MaskLoss):
         _checks.check_target(target)
         _checks.check_logits(logits, target)
         terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
+        is_tapped = features is None
         features = self._found(features, logits, needed=bool(terms))
         if features is not None:
             _checks.check_features(features, target)
@@ -442,17 +492,28 @@ class CombinedExudateLoss(MaskLoss):
                 supervised = binary_cross_entropy(plain(logits), mask, self.ignore_index, known=known)
         else:
             supervised = self._given_supervised(self.supervised, logits, target)
-        if features is None:
-            losses = []
-        elif ours:
-            losses = term_losses(terms, plain(features), mask)
+        each = [] if features is None else [features] * len(terms)
+        weights = None
+        if features is not None and any(isinstance(weight, Pull) for weight in (self._alpha, self._beta)):
+            weights, each = self._pulled(supervised, plain(features), terms, is_tapped)
+        if ours:
+            losses = term_losses(terms, [plain(own) for own in each], mask)
         else:
-            losses = [term(features, target) for term in terms]
+            losses = [term(own, target) for term, own in zip(terms, each, strict=True)]
         zero = supervised.new_zeros(())
-        density = losses[0] if self._uses_density else zero
-        edge = losses[-1] if self._uses_edge else zero
-        alpha, beta = self._alpha.to(density.dtype), self._beta.to(edge.dtype)
-        return LossTerms(supervised + alpha * density + beta * edge, supervised, density, edge)
+        density = losses[0] if losses and self._uses_density else zero
+        edge = losses[-1] if losses and self._uses_edge else zero
+        if weights is None:
+            # Where a Pull weighs nothing there are no terms: the layer is not known yet.
+            alpha, beta = (
+                zero if isinstance(weight, Pull) else weight.to(term.dtype)
+                for weight, term in ((self._alpha, density), (self._beta, edge))
+            )
+            total = supervised + alpha * density + beta * edge
+        else:
+            total = pull.total(supervised, density, edge, weights, cast("dict[str, Tensor]", self._pull_state))
+            alpha, beta = weights.unbind()
+        return LossTerms(total, supervised, density, edge, alpha, beta)
 
     def extra_repr(self) -> str:
         """What repr shows beside the parts."""
@@ -464,6 +525,22 @@ class CombinedExudateLoss(MaskLoss):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tap": None}
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._pull_state is not None:
+            destination[f"{prefix}pull"] = torch.cat(list(self._pull_state.values()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """The constructor decides what is a Pull; the state, which may be missing, gives it its values."""
+        own = dict(state_dict)
+        numbers = own.pop(f"{prefix}pull", None)
+        if numbers is not None and self._pull_state is not None:
+            sizes = [len(tensor) for tensor in self._pull_state.values()]
+            self._pull_state.update(zip(self._pull_state, numbers.clone().split(sizes), strict=True))
+            self._pull_known = pull.known(self._pull_state)
+            self._pull_calls = int(numbers[pull.STEP])
+        super()._load_from_state_dict(own, prefix, *arguments)
+
     def _check_changed_options(self) -> None:
         super()._check_changed_options()
         for name, part, kind in (
@@ -472,14 +549,75 @@ class CombinedExudateLoss(MaskLoss):
         ):
             _checks.check_part(name, part, kind, self.ignore_index)
             part._check_changed_options()
+        if self.tap is not None and any(isinstance(weight, Pull) for weight in (self._alpha, self._beta)):
+            self.tap.measures = True
+
+    def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
+        """A weight as it is kept, and whether its term is in use."""
+        if isinstance(value, Pull):
+            self._pull_state = self._pull_state or pull.new_state()
+            return value, True
+        _checks.check_number(name, value, 0)
+        # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
+        return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
+
+    def _pulled(
+        self, supervised: Tensor, features: Tensor, terms: Sequence[PatchContrastLoss], is_tapped: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weights of density and edge, and for each term in use its features, whose gradient is measured.
+
+        Raises:
+            ValueError: in a training call, where there is no mean and no way of measuring one.
+        """
+        state = cast("dict[str, Tensor]", self._pull_state)
+        if state["means"].device != features.device:
+            state.update((name, tensor.to(features.device)) for name, tensor in state.items())
+        if not (torch.is_grad_enabled() and features.requires_grad):
+            return pull.last_weights(state), [features] * len(terms)
+        norm = None if self.tap is None else recorded_norm(self.tap, None if is_tapped else features)
+        weights = (self._alpha, self._beta)
+        gathers = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
+        used = pull.advanced_weights(
+            state,
+            state["layer"].clone() if norm is None else norm,
+            [weight if isinstance(weight, Pull) else None for weight in weights],
+            [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
+            sum_of_ranks if gathers else None,
+        )
+        measured = norm is not None
+        if norm is None and _checks.may_read(features):
+            self._pull_calls += 1
+            if self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0:
+                measured = supervised.requires_grad and pull.differentiated(supervised, features, state["layer"])
+        if measured and not self._pull_known:
+            self._pull_known = True
+        if not self._pull_known:
+            raise ValueError(
+                "a weight that sets itself must be measured at features that the logits are made from, in code that is "
+                "neither compiled nor captured in the first steps, got none of these; run some eager steps first, give "
+                "the features behind the logits, or give a number such as beta=0.02"
+            )
+        names = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
+        return used, [
+            pull.measured_features(features, state, n, used) if isinstance(weights[n], Pull) else features
+            for n in names
+        ]
 
     def _found(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
         """The features for the terms, those given or the tap's; None where they are not needed."""
         if features is None and self.tap is not None:
+            if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
+                # Validation before the first training step, as Lightning's sanity check.
+                warnings.warn(
+                    "the tap finds its layer in the first forward pass with gradients; until then the criterion gives "
+                    "the supervised loss alone, unless FeatureTap(model, layer=NAME) names the layer",
+                    stacklevel=4,
+                )
+                return None
             if needed:
                 return taken_features(self.tap, logits)
             self.tap.drop()
-        if features is None and needed:
+        elif features is None and needed:
             raise ValueError(
                 "features must be given, as criterion(logits, target, features) or by "
                 "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped: set "

@@ -1,0 +1,67 @@
+"""Identities whose backward pass writes down the norm of the gradient that comes through."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNT = 0  # place in every record of the number of backward passes
+
+
+class Recorded(torch.autograd.Function):
+    """The tensor itself; the backward pass writes the norm of its gradient into a record.
+
+    Recorded.apply(tensor, record, place, counts, divisor, passes), with
+
+        record: (N,), float32, on the tensor's device.
+        place: where to write the norm.
+        counts: whether to add 1 to record[COUNT].
+        divisor: (), float32: the norm is divided by it; None for 1.
+        passes: (), bool: where False the gradient is written down, but goes no further; None for True.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        tensor: Tensor,
+        record: Tensor,
+        place: int,
+        counts: bool,
+        divisor: Tensor | None,
+        passes: Tensor | None,
+    ) -> Tensor:
+        # Not by save_for_backward, which would refuse the record once another backward pass has written into it.
+        ctx.record, ctx.options = record, (place, counts)
+        ctx.save_for_backward(divisor, passes)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        divisor, passes = ctx.saved_tensors
+        write = _write_norm if torch.compiler.is_compiling() else write_norm
+        write(ctx.record, gradient, divisor, *ctx.options)
+        if passes is not None:
+            gradient = torch.where(passes, gradient, 0)  # not a product: what overflowed must not become NaN
+        return gradient, None, None, None, None, None
+
+
+def write_norm(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: int, counts: bool) -> None:
+    """Write a gradient's norm into a record; arguments as those of Recorded."""
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        record[place] = norm if divisor is None else norm / divisor
+        if counts:
+            record[COUNT] += 1
+
+
+# The compiler would leave out what a function writes on the side, or do it at another time.
+_write_norm = torch.library.custom_op(
+    "contrastive_exudate_loss::write_norm",
+    mutates_args=("record",),
+    schema="(Tensor(a!) record, Tensor gradient, Tensor? divisor, int place, bool counts) -> ()",
+)(write_norm)
+
+
+@_write_norm.register_fake
+def _(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: int, counts: bool) -> None:
+    pass

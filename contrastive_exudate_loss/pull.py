@@ -1,0 +1,222 @@
+"""Weights that a criterion sets itself: how hard a term pulls at the features, beside the supervised loss.
+
+    weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
+
+The backward pass writes down the norms, and the next training call takes them into the means: so a weight depends on
+the steps before it alone, and nothing is differentiated twice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss.norms import COUNT, Recorded, write_norm
+
+MEMORY = 0.99  # of the means, for a measurement
+PROBE = 2.0**-10  # what a term's gradient is carried with while its weight is 0: measured, but not passed on
+HALF_SCALE = 2.0**13  # of gradients in float16
+
+# Places in the means, (11,): training calls; backward passes seen of the terms and of the layer; of the supervised
+# loss, density and edge the sums of norms and of their shares; the weights of density and edge last used.
+STEP, SEEN_TERMS, SEEN_LAYER, SUMS, SHARES, USED = 0, 1, 2, slice(3, 6), slice(6, 9), slice(9, 11)
+# In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
+SCALE, TERMS = 1, (2, 3)
+# In the norm of the layer, (3,): COUNT, the norm, and whether it has the scale of the total's gradient.
+NORM, SCALED = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """A weight that CombinedExudateLoss sets itself: the term pulls so many times as hard as the supervised loss.
+
+        weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
+
+    The means are exponential over the training steps before, with memory 0.99, and bias-corrected; those without a
+    contrast leave the term's mean as it is. In the first step the weight is 0.
+
+    Args:
+        times: of the supervised loss's gradient norm at the features, finite and >= 0.
+        warm_up: training calls over which the weight rises, >= 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Example:
+        >>> Pull(0.5, warm_up=300)
+        Pull(times=0.5, warm_up=300)
+    """
+
+    times: float = 1.0
+    warm_up: int = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _checks.check_number("times", self.times, 0)
+        _checks.check_integer("warm_up", self.warm_up, 0)
+
+
+def new_state() -> dict[str, Tensor]:
+    """Of a criterion that has measured nothing: means, and the norms of the last backward pass."""
+    return {"means": torch.zeros(11), "terms": torch.zeros(4), "layer": torch.zeros(3)}
+
+
+def known(state: dict[str, Tensor]) -> bool:
+    """Whether there is a mean of the supervised loss and of a term; waits for the device."""
+    shares = state["means"][SHARES]
+    return bool(shares[0] > 0) and bool(shares[1:].any())
+
+
+def advanced_weights(
+    state: dict[str, Tensor],
+    layer: Tensor,
+    pulls: Sequence[Pull | None],
+    numbers: Sequence[float],
+    averaged: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The weights of density and edge in this training call, once the last backward pass is in the means.
+
+    Args:
+        state: is changed in place.
+        layer: where the supervised loss's norm of this call will stand.
+        pulls: of density and edge; None for a number.
+        numbers: their weights where they are no Pull.
+        averaged: gives the sum over all processes of a tensor; None for one process.
+
+    Returns:
+        (2,), float32.
+    """
+    times = [number if pull is None else pull.times for pull, number in zip(pulls, numbers, strict=True)]
+    warm_up = [0 if pull is None else pull.warm_up for pull in pulls]
+    is_number = [pull is None for pull in pulls]
+    arguments = state["means"], state["terms"], state["layer"], layer, times, warm_up, is_number
+    weights: Tensor = _advance(*arguments) if torch.compiler.is_compiling() else _advanced(*arguments, averaged)
+    state["layer"] = layer
+    return weights
+
+
+def differentiated(supervised: Tensor, features: Tensor, layer: Tensor) -> bool:
+    """Write the norm of the supervised loss's gradient at the features into a record of the layer, by differentiating.
+
+    For features that no tap handed over. Returns whether the supervised loss depends on the features.
+    """
+    # Scaled, or the gradients of a mean over pixels vanish in half precision.
+    scale = HALF_SCALE if features.dtype == torch.float16 else 1.0
+    (gradient,) = torch.autograd.grad(
+        supervised, features, torch.full_like(supervised, scale), retain_graph=True, allow_unused=True
+    )
+    if gradient is None:
+        return False
+    write_norm(layer, gradient, layer.new_tensor(scale), NORM, True)
+    layer[SCALED] = 0
+    return True
+
+
+def last_weights(state: dict[str, Tensor]) -> Tensor:
+    """The weights of density and edge in the last training call, (2,), float32."""
+    return state["means"][USED].clone()
+
+
+def measured_features(features: Tensor, state: dict[str, Tensor], term: int, weights: Tensor) -> Tensor:
+    """The features for a term (0: density, 1: edge), whose gradient is measured and reaches them by its weight."""
+    weight = weights[term]
+    # A CPU may look, which spares the backward pass a copy; elsewhere that would wait.
+    looks = features.is_cpu and not torch.compiler.is_compiling()
+    passes = None if looks and bool(weight > 0) else weight > 0
+    measured: Tensor = Recorded.apply(features, state["terms"], TERMS[term], False, _carried(weight), passes)
+    return measured
+
+
+def total(supervised: Tensor, density: Tensor, edge: Tensor, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Supervised + weights[0] density + weights[1] edge, whose backward pass writes down its scale."""
+    weighted: Tensor = _Total.apply(supervised, density, edge, weights, state["terms"])
+    return weighted
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, supervised: Tensor, density: Tensor, edge: Tensor, weights: Tensor, record: Tensor) -> Tensor:
+        ctx.record = record
+        ctx.dtypes = supervised.dtype, density.dtype, edge.dtype
+        ctx.save_for_backward(_carried(weights))
+        alpha, beta = weights.unbind()
+        return supervised + alpha.to(density.dtype) * density + beta.to(edge.dtype) * edge
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (carried,) = ctx.saved_tensors
+        (_write_scale if torch.compiler.is_compiling() else _scale_written)(ctx.record, gradient)
+        factors = gradient, gradient * carried[0], gradient * carried[1]
+        return *(factor.to(dtype) for factor, dtype in zip(factors, ctx.dtypes, strict=True)), None, None
+
+
+def _carried(weights: Tensor) -> Tensor:
+    """What the gradients of the terms are multiplied by on their way to the features."""
+    return torch.where(weights > 0, weights, PROBE)
+
+
+def _scale_written(record: Tensor, gradient: Tensor) -> None:
+    with torch.no_grad():
+        record[COUNT] += 1
+        record[SCALE] = gradient
+        record[TERMS[0] : TERMS[-1] + 1] = 0  # until their gradients come
+
+
+_write_scale = torch.library.custom_op(
+    "contrastive_exudate_loss::write_scale",
+    mutates_args=("record",),
+    schema="(Tensor(a!) record, Tensor gradient) -> ()",
+)(_scale_written)
+
+
+@_write_scale.register_fake
+def _(record: Tensor, gradient: Tensor) -> None:
+    pass
+
+
+def _advanced(
+    means: Tensor,
+    terms: Tensor,
+    layer: Tensor,
+    next_layer: Tensor,
+    times: Sequence[float],
+    warm_up: Sequence[int],
+    is_number: Sequence[bool],
+    averaged: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    with torch.no_grad():
+        seen = layer[COUNT] != means[SEEN_LAYER]
+        supervised = layer[NORM] / torch.where(layer[SCALED] > 0, terms[SCALE], 1)
+        norms = torch.stack([supervised, *(terms[place] / terms[SCALE] for place in TERMS)]).abs()
+        norms[0] = torch.where(seen, norms[0], 0)
+        counted = torch.stack([seen, *(norms[1:] > 0)]) & (terms[COUNT] != means[SEEN_TERMS]) & norms.isfinite().all()
+        norms = norms.where(counted, 0)
+        if averaged is not None:
+            norms, number = averaged(torch.stack([norms, counted.float()])).unbind()
+            norms, counted = norms / number.clamp(min=1), number > 0
+        means[SUMS] = torch.where(counted, MEMORY * means[SUMS] + (1 - MEMORY) * norms, means[SUMS])
+        means[SHARES] = torch.where(counted, MEMORY * means[SHARES] + (1 - MEMORY), means[SHARES])
+        means[SEEN_TERMS], means[SEEN_LAYER] = terms[COUNT], next_layer[COUNT]
+        means[STEP] += 1
+        # Without a mean of both there is 0 / 0 or a division by 0.
+        mean = means[SUMS] / means[SHARES]
+        quotients = (mean[0] / mean[1:]).nan_to_num(0, 0, 0)
+        for n in (0, 1):
+            rise = torch.clamp(means[STEP] / max(1, warm_up[n]), max=1)
+            means[USED][n] = times[n] if is_number[n] else times[n] * rise * quotients[n]
+        return means[USED].clone()
+
+
+_advance = torch.library.custom_op(
+    "contrastive_exudate_loss::advance",
+    mutates_args=("means",),
+    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor next_layer, float[] times, int[] warm_up, "
+    "bool[] is_number) -> Tensor",
+)(_advanced)
+
+
+@_advance.register_fake
+def _(means: Tensor, *_: Any) -> Tensor:
+    return means.new_empty(2)

@@ -105,14 +105,17 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
     sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
-    pooled_as = list(zip(sides, map(id, features), strict=True))
+    # Of each term the first whose pooling it can share.
+    first = [
+        next(m for m in range(n + 1) if features[m] is features[n] and sides[m] == sides[n]) for n in range(len(terms))
+    ]
     losses = {}
     with full_precision(target):
         regions = [term._regions(target, own) for term, own in zip(terms, sides, strict=True)]
-        for shared in dict.fromkeys(pooled_as):
-            members = [n for n, own in enumerate(pooled_as) if own == shared]
+        for leader in dict.fromkeys(first):
+            members = [n for n, own in enumerate(first) if own == leader]
             masks = [regions[n].masks for n in members]
-            pooled = masked_sums(features[members[0]], side_by_side(masks), shared[0])
+            pooled = masked_sums(features[leader], side_by_side(masks), sides[leader])
             parts = (whole.split([mask.shape[1] for mask in masks], 1) for whole in pooled)
             for n, sums, counts in zip(members, *parts, strict=True):
                 losses[n] = _class_mean(terms[n], terms[n]._candidates(sums, counts, regions[n]))

@@ -61,8 +61,9 @@ class FeatureTap:
         self._runs = 0
         self._made: Node | None = None  # what made the model's main logits
         self.measures = False  # whether to write down the norm of the gradient at the layer's input, for a Pull
-        self._norm = torch.zeros(3)  # as pull.py reads it: number of backward passes, norm, 1
-        self._handed: Tensor | None = None  # the input of which the layer was given a recorded copy
+        self.norm = torch.zeros(2)  # number of backward passes, and the norm in the last
+        self._given: Tensor | None = None  # the layer's input in the last forward pass
+        self._records = False  # whether the layer got a recorded copy of it
         self._chooses = layer is None
         self._seen: dict[Node, graph.Run] = {}
         self._handles = [
@@ -122,7 +123,7 @@ class FeatureTap:
         for handle in (*self._handles, *self._watchers.values()):
             handle.remove()
         self._handles, self._watchers = [], {}
-        self._features = self._made = self._handed = None
+        self._features = self._made = self._given = None
         self._closed = True
         self._seen.clear()
 
@@ -139,7 +140,7 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = dict.fromkeys(("_features", "_made", "_handed")) | {"_handles": [], "_watchers": {}, "_seen": {}}
+        untapped = dict.fromkeys(("_features", "_made", "_given")) | {"_handles": [], "_watchers": {}, "_seen": {}}
         return self.__dict__ | untapped | {"_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -147,8 +148,8 @@ class FeatureTap:
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features = self._made = self._handed = None
-        self._taken, self._running, self._runs = False, True, 0
+        self._features = self._made = self._given = None
+        self._taken, self._running, self._runs, self._records = False, True, 0, False
         self._seen.clear()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -173,7 +174,7 @@ class FeatureTap:
                 return
             given = _first_tensor(args, kwargs)
             if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
-                self._seen[output.grad_fn] = graph.Run(name, module, _channels_second(module, given))
+                self._seen[output.grad_fn] = graph.Run(name, module, given, _channels_second(module, given))
 
         return watch
 
@@ -199,12 +200,12 @@ class FeatureTap:
                 f"give the features to the criterion yourself"
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
             )
-        name, module, features = found[0]
+        name, module, given, features = found[0]
         for handle in self._watchers.values():
             handle.remove()
         self._watchers = {}
         self._keep_input_of(name, module)
-        self._features = features
+        self._features, self._given = features, given
         self._runs = sum(module is run.layer for run in self._seen.values())
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
@@ -220,13 +221,13 @@ class FeatureTap:
             raise ValueError(
                 f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; choose another"
             )
-        self._features = _channels_second(layer, given)
+        self._features, self._given = _channels_second(layer, given), given
         self._runs = self._runs + 1 if self._running else 1
         if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
             return None
         # The layer gets a copy whose gradient is that of the logits alone, the terms the input itself.
-        recorded = Recorded.apply(given, self._norm, 1, True, None, None)
-        self._handed = given
+        recorded = Recorded.apply(given, self.norm, 1, True, None, None)
+        self._records = True
         swapped = {id(given): recorded}
         return (
             tuple(swapped.get(id(value), value) for value in args),
@@ -235,29 +236,29 @@ class FeatureTap:
 
     def _can_record(self, given: Tensor) -> bool:
         """Whether there is a record on the device; compiled code cannot make one."""
-        if self._norm.device != given.device and not torch.compiler.is_compiling():
-            self._norm = torch.zeros(3, device=given.device)
-        self._norm[2] = 1
-        return self._norm.device == given.device
+        if self.norm.device != given.device and not torch.compiler.is_compiling():
+            self.norm = self.norm.to(given.device)
+        return self.norm.device == given.device
 
 
-def recorded_norm(tap: FeatureTap, features: Tensor | None) -> Tensor | None:
-    """The record in which the backward pass of the last forward pass will write the norm at the layer's input.
+def layer_input(tap: FeatureTap, features: Tensor | None) -> tuple[Tensor | None, bool]:
+    """The layer's input in the last forward pass, and whether the backward pass will write down its gradient's norm.
 
     Args:
-        tap: whose features are in use.
-        features: what is made of them; None where they are used as they are.
+        tap: is asked once a forward pass.
+        features: what was made of the tapped ones; None where they are used as they are.
 
     Returns:
-        (3,), float32; None if the layer was given no recorded copy, or the features are made of something else.
+        (None, False) where the features are made of something else.
     """
-    handed, tap._handed = tap._handed, None
-    if handed is None or features is None or torch.compiler.is_compiling():
-        return None if handed is None else tap._norm
-    if handed.grad_fn is None or features.grad_fn is None:
-        return None
-    behind = graph.nodes_behind(features.grad_fn, lambda node: node is handed.grad_fn)
-    return tap._norm if handed.grad_fn in behind else None
+    given, tap._given = tap._given, None
+    if given is None or features is None or torch.compiler.is_compiling():
+        return given, tap._records
+    if given.grad_fn is None or features.grad_fn is None:
+        return None, False
+    if given.grad_fn not in graph.nodes_behind(features.grad_fn, lambda node: node is given.grad_fn):
+        return None, False
+    return given, tap._records
 
 
 def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:

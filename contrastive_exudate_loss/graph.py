@@ -10,10 +10,17 @@ from torch.autograd.graph import Node
 
 
 class Run(NamedTuple):
-    """A layer that has run: its name, the layer, and its input, (B, C, h, w), or tokens (B, N, C) of a linear layer."""
+    """A layer that has run.
+
+    name: in the model.
+    layer: itself.
+    given: its input.
+    features: the input with the channels second, (B, C, h, w), or tokens (B, N, C) of a linear layer.
+    """
 
     name: str
     layer: nn.Module
+    given: Tensor
     features: Tensor
 
 
@@ -55,7 +62,7 @@ def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
         if has_features(node):
             found.append(runs[node])
         elif node in runs:
-            name, layer, features = runs[node]
+            name, layer, _, features = runs[node]
             if features.dim() == 3 and isinstance(layer, nn.Linear):
                 raise ValueError(
                     f"layer {name!r} makes the logits from tokens (B, N, C), which are no feature map; give the "

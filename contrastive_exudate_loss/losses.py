@@ -13,7 +13,7 @@ from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap, recorded_norm, taken_features
+from contrastive_exudate_loss.features import FeatureTap, layer_input, taken_features
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pooling import embeddings
@@ -284,19 +284,17 @@ class CombinedExudateLoss(MaskLoss):
         >>> target = torch.zeros(2, 1, 64, 64)
         >>> target[:, :, 20:40, 20:40] = 1
         >>> criterion = CombinedExudateLoss()
-        >>> loss = criterion(logits, target, features)
-        >>> loss.backward()
-        >>> criterion.terms(logits, target, features)._fields
-        ('total', 'supervised', 'density', 'edge', 'alpha', 'beta')
+        >>> terms = criterion.terms(logits, target, features)  # or criterion(...), which gives the total alone
+        >>> terms.total.backward()
 
     Reference:
         Tang et al. 2023, arXiv 2302.11517.
     """
 
     # Of the class, for earlier pickles.
-    _learning_seen = False
+    _learning_seen = _told_to_wait = False
     _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
-    _pull_calls, _pull_known = 0, False
+    _pull_calls, _pull_known, _pull_pending = 0, False, False
 
     def __init__(
         self,
@@ -492,6 +490,8 @@ class CombinedExudateLoss(MaskLoss):
                 supervised = binary_cross_entropy(plain(logits), mask, self.ignore_index, known=known)
         else:
             supervised = self._given_supervised(self.supervised, logits, target)
+        if features is None:
+            terms = []
         each = [] if features is None else [features] * len(terms)
         weights = None
         if features is not None and any(isinstance(weight, Pull) for weight in (self._alpha, self._beta)):
@@ -523,7 +523,7 @@ class CombinedExudateLoss(MaskLoss):
         return f"{shown}, supervised={self.supervised!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tap": None}
+        return self.__dict__ | {"tap": None, "_pull_pending": True}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -536,8 +536,9 @@ class CombinedExudateLoss(MaskLoss):
         numbers = own.pop(f"{prefix}pull", None)
         if numbers is not None and self._pull_state is not None:
             sizes = [len(tensor) for tensor in self._pull_state.values()]
-            self._pull_state.update(zip(self._pull_state, numbers.clone().split(sizes), strict=True))
-            self._pull_known = pull.known(self._pull_state)
+            for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
+                tensor.copy_(loaded)
+            self._pull_known, self._pull_pending = pull.known(self._pull_state), self.tap is None
             self._pull_calls = int(numbers[pull.STEP])
         super()._load_from_state_dict(own, prefix, *arguments)
 
@@ -549,8 +550,11 @@ class CombinedExudateLoss(MaskLoss):
         ):
             _checks.check_part(name, part, kind, self.ignore_index)
             part._check_changed_options()
-        if self.tap is not None and any(isinstance(weight, Pull) for weight in (self._alpha, self._beta)):
-            self.tap.measures = True
+        state, tap = self._pull_state, self.tap
+        if state is not None and tap is not None and state["layer"] is not tap.norm:
+            if self._pull_pending:  # what a state or a copy holds of its last backward pass
+                tap.norm.copy_(state["layer"])
+            tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
 
     def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
         """A weight as it is kept, and whether its term is in use."""
@@ -574,24 +578,23 @@ class CombinedExudateLoss(MaskLoss):
             state.update((name, tensor.to(features.device)) for name, tensor in state.items())
         if not (torch.is_grad_enabled() and features.requires_grad):
             return pull.last_weights(state), [features] * len(terms)
-        norm = None if self.tap is None else recorded_norm(self.tap, None if is_tapped else features)
+        source, measured = None, False
+        if self.tap is not None:
+            source, measured = layer_input(self.tap, None if is_tapped else features)
         weights = (self._alpha, self._beta)
         gathers = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
         used = pull.advanced_weights(
             state,
-            state["layer"].clone() if norm is None else norm,
             [weight if isinstance(weight, Pull) else None for weight in weights],
             [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
             sum_of_ranks if gathers else None,
         )
-        measured = norm is not None
-        if norm is None and _checks.may_read(features):
+        if not measured and _checks.may_read(features):
             self._pull_calls += 1
             if self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0:
-                measured = supervised.requires_grad and pull.differentiated(supervised, features, state["layer"])
-        if measured and not self._pull_known:
-            self._pull_known = True
-        if not self._pull_known:
+                source = features if source is None else source
+                self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
+        if not (measured or self._pull_known):
             raise ValueError(
                 "a weight that sets itself must be measured at features that the logits are made from, in code that is "
                 "neither compiled nor captured in the first steps, got none of these; run some eager steps first, give "
@@ -607,12 +610,14 @@ class CombinedExudateLoss(MaskLoss):
         """The features for the terms, those given or the tap's; None where they are not needed."""
         if features is None and self.tap is not None:
             if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
-                # Validation before the first training step, as Lightning's sanity check.
-                warnings.warn(
-                    "the tap finds its layer in the first forward pass with gradients; until then the criterion gives "
-                    "the supervised loss alone, unless FeatureTap(model, layer=NAME) names the layer",
-                    stacklevel=4,
-                )
+                # Validation before the first training step, such as Lightning's sanity check.
+                if not self._told_to_wait:
+                    self._told_to_wait = True
+                    warnings.warn(
+                        "the tap finds its layer in the first forward pass with gradients; until then the criterion "
+                        "gives the supervised loss alone, unless FeatureTap(model, layer=NAME) names the layer",
+                        stacklevel=4,
+                    )
                 return None
             if needed:
                 return taken_features(self.tap, logits)

@@ -20,13 +20,14 @@ MEMORY = 0.99  # of the means, for a measurement
 PROBE = 2.0**-10  # what a term's gradient is carried with while its weight is 0: measured, but not passed on
 HALF_SCALE = 2.0**13  # of gradients in float16
 
-# Places in the means, (11,): training calls; backward passes seen of the terms and of the layer; of the supervised
-# loss, density and edge the sums of norms and of their shares; the weights of density and edge last used.
-STEP, SEEN_TERMS, SEEN_LAYER, SUMS, SHARES, USED = 0, 1, 2, slice(3, 6), slice(6, 9), slice(9, 11)
+# Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; of the
+# supervised loss, density and edge the sums of norms and of their shares; the weights of density and edge last used.
+STEP, SEEN_TERMS, SEEN_LAYER, SEEN_HAND, SUMS, SHARES, USED = 0, 1, 2, 3, slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
 SCALE, TERMS = 1, (2, 3)
-# In the norm of the layer, (3,): COUNT, the norm, and whether it has the scale of the total's gradient.
-NORM, SCALED = 1, 2
+# In the norms of the supervised loss, (2,) each: COUNT, and the norm: at the layer, scaled like the total's gradient, or
+# by hand, not scaled.
+NORM = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Pull:
 
 def new_state() -> dict[str, Tensor]:
     """Of a criterion that has measured nothing: means, and the norms of the last backward pass."""
-    return {"means": torch.zeros(11), "terms": torch.zeros(4), "layer": torch.zeros(3)}
+    return {"means": torch.zeros(12), "terms": torch.zeros(4), "layer": torch.zeros(2), "hand": torch.zeros(2)}
 
 
 def known(state: dict[str, Tensor]) -> bool:
@@ -71,7 +72,6 @@ def known(state: dict[str, Tensor]) -> bool:
 
 def advanced_weights(
     state: dict[str, Tensor],
-    layer: Tensor,
     pulls: Sequence[Pull | None],
     numbers: Sequence[float],
     averaged: Callable[[Tensor], Tensor] | None,
@@ -80,7 +80,6 @@ def advanced_weights(
 
     Args:
         state: is changed in place.
-        layer: where the supervised loss's norm of this call will stand.
         pulls: of density and edge; None for a number.
         numbers: their weights where they are no Pull.
         averaged: gives the sum over all processes of a tensor; None for one process.
@@ -91,14 +90,15 @@ def advanced_weights(
     times = [number if pull is None else pull.times for pull, number in zip(pulls, numbers, strict=True)]
     warm_up = [0 if pull is None else pull.warm_up for pull in pulls]
     is_number = [pull is None for pull in pulls]
-    arguments = state["means"], state["terms"], state["layer"], layer, times, warm_up, is_number
-    weights: Tensor = _advance(*arguments) if torch.compiler.is_compiling() else _advanced(*arguments, averaged)
-    state["layer"] = layer
-    return weights
+    records = state["means"], state["terms"], state["layer"], state["hand"]
+    if torch.compiler.is_compiling():
+        weights: Tensor = _advance(*records, times, warm_up, is_number)
+        return weights
+    return _advanced(*records, times, warm_up, is_number, averaged)
 
 
-def differentiated(supervised: Tensor, features: Tensor, layer: Tensor) -> bool:
-    """Write the norm of the supervised loss's gradient at the features into a record of the layer, by differentiating.
+def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor]) -> bool:
+    """Write down the norm of the supervised loss's gradient at the features, by differentiating.
 
     For features that no tap handed over. Returns whether the supervised loss depends on the features.
     """
@@ -109,8 +109,7 @@ def differentiated(supervised: Tensor, features: Tensor, layer: Tensor) -> bool:
     )
     if gradient is None:
         return False
-    write_norm(layer, gradient, layer.new_tensor(scale), NORM, True)
-    layer[SCALED] = 0
+    write_norm(state["hand"], gradient, gradient.new_tensor(scale, dtype=torch.float32), NORM, True)
     return True
 
 
@@ -180,25 +179,25 @@ def _advanced(
     means: Tensor,
     terms: Tensor,
     layer: Tensor,
-    next_layer: Tensor,
+    hand: Tensor,
     times: Sequence[float],
     warm_up: Sequence[int],
     is_number: Sequence[bool],
     averaged: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
-        seen = layer[COUNT] != means[SEEN_LAYER]
-        supervised = layer[NORM] / torch.where(layer[SCALED] > 0, terms[SCALE], 1)
+        at_layer, by_hand = layer[COUNT] != means[SEEN_LAYER], hand[COUNT] != means[SEEN_HAND]
+        supervised = torch.where(by_hand, hand[NORM], torch.where(at_layer, layer[NORM] / terms[SCALE], 0))
         norms = torch.stack([supervised, *(terms[place] / terms[SCALE] for place in TERMS)]).abs()
-        norms[0] = torch.where(seen, norms[0], 0)
-        counted = torch.stack([seen, *(norms[1:] > 0)]) & (terms[COUNT] != means[SEEN_TERMS]) & norms.isfinite().all()
+        counted = torch.stack([at_layer | by_hand, *(norms[1:] > 0)])
+        counted &= (terms[COUNT] != means[SEEN_TERMS]) & norms.isfinite().all()
         norms = norms.where(counted, 0)
         if averaged is not None:
             norms, number = averaged(torch.stack([norms, counted.float()])).unbind()
             norms, counted = norms / number.clamp(min=1), number > 0
         means[SUMS] = torch.where(counted, MEMORY * means[SUMS] + (1 - MEMORY) * norms, means[SUMS])
         means[SHARES] = torch.where(counted, MEMORY * means[SHARES] + (1 - MEMORY), means[SHARES])
-        means[SEEN_TERMS], means[SEEN_LAYER] = terms[COUNT], next_layer[COUNT]
+        means[SEEN_TERMS], means[SEEN_LAYER], means[SEEN_HAND] = terms[COUNT], layer[COUNT], hand[COUNT]
         means[STEP] += 1
         # Without a mean of both there is 0 / 0 or a division by 0.
         mean = means[SUMS] / means[SHARES]
@@ -212,7 +211,7 @@ def _advanced(
 _advance = torch.library.custom_op(
     "contrastive_exudate_loss::advance",
     mutates_args=("means",),
-    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor next_layer, float[] times, int[] warm_up, "
+    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor hand, float[] times, int[] warm_up, "
     "bool[] is_number) -> Tensor",
 )(_advanced)
 

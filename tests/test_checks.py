@@ -137,7 +137,7 @@ TENSORS = [
     [
         (module, *case)
         for case in TENSORS
-        for module in (Density(), Edge(), Combined())
+        for module in (Density(), Edge(), Combined.paper())
         if case[0] != "logits" or isinstance(module, Combined)
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else re.sub(r"\W+", "-", str(value))[:60],
@@ -152,7 +152,7 @@ def test_bad_tensors_are_refused(module, name, value, error, text):
 
 def test_too_few_logits_channels_are_told_from_a_wrong_size():
     with pytest.raises(ValueError, match="give one target channel of 0 and 1 per lesion class"):
-        Combined()(LOGITS, MASK.repeat(1, 2, 1, 1), FEATURES)
+        Combined.paper()(LOGITS, MASK.repeat(1, 2, 1, 1), FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_five_least_wrong_values_are_shown():
 
 def test_missing_features_are_named():
     with pytest.raises(ValueError, match=r"features must be given, .*FeatureTap"):
-        Combined()(LOGITS, MASK)
+        Combined.paper()(LOGITS, MASK)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +197,12 @@ def test_missing_features_are_named():
 )
 def test_a_supervised_loss_that_is_no_scalar_is_refused(returned, error, text):
     with pytest.raises(error, match=re.escape(text)):
-        Combined(supervised=lambda *_: returned)(LOGITS, MASK, FEATURES)
+        Combined(0.02, 0.1, supervised=lambda *_: returned)(LOGITS, MASK, FEATURES)
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_weights_are_checked_when_set(name):
-    criterion = Combined()
+    criterion = Combined.paper()
     with pytest.raises(ValueError, match=f"{name} must be a number >= 0 and finite in float32, got -1"):
         setattr(criterion, name, -1)
 
@@ -233,7 +233,7 @@ def test_weights_are_checked_when_set(name):
     ],
 )
 def test_options_that_are_set_are_checked_by_each_call_until_they_make_sense(part, name, value, text):
-    criterion = Combined()
+    criterion = Combined.paper()
     owner = criterion if part is None else getattr(criterion, part)
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -241,7 +241,7 @@ def test_options_that_are_set_are_checked_by_each_call_until_they_make_sense(par
         with pytest.raises((TypeError, ValueError), match=re.escape(text)):
             criterion(LOGITS, MASK, FEATURES)
     setattr(owner, name, before)
-    assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined()(LOGITS, MASK, FEATURES))
+    assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined.paper()(LOGITS, MASK, FEATURES))
 
 
 def test_the_way_from_patch_size_to_num_patches_leads_through_both_or_neither():
@@ -253,7 +253,7 @@ def test_the_way_from_patch_size_to_num_patches_leads_through_both_or_neither():
 
 
 def test_a_part_that_comes_to_contradict_the_criterion_is_refused():
-    criterion = Combined(ignore_index=-1)
+    criterion = Combined(0.02, 0.1, ignore_index=-1)
     criterion.density.ignore_index = 5
     criterion.density(FEATURES, MASK)  # by itself it makes sense
     with pytest.raises(ValueError, match="density must have ignore_index=-1 like the criterion, got 5"):
@@ -261,7 +261,7 @@ def test_a_part_that_comes_to_contradict_the_criterion_is_refused():
 
 
 def test_options_are_not_checked_again_while_none_is_set(monkeypatch):
-    criterion, calls = Combined(), []
+    criterion, calls = Combined.paper(), []
     monkeypatch.setattr(Density, "_check_options", lambda term: calls.append(term))
     criterion(LOGITS, MASK, FEATURES)
     criterion.eval()
@@ -274,21 +274,23 @@ def test_options_are_not_checked_again_while_none_is_set(monkeypatch):
 
 
 def test_options_that_make_sense_can_be_set():
-    criterion = Combined()
+    criterion = Combined.paper()
     criterion.edge.inner_radius = 4
     criterion.edge = Edge(outer_radius=3)
     criterion.edge.scope = "image"
     criterion.density.ignore_index = criterion.edge.ignore_index = criterion.ignore_index = -1
-    wanted = Combined(edge=Edge(outer_radius=3, scope="image", ignore_index=-1), ignore_index=-1)
+    wanted = Combined(0.02, 0.1, edge=Edge(outer_radius=3, scope="image", ignore_index=-1), ignore_index=-1)
     assert repr(criterion) == repr(wanted)
     assert torch.equal(criterion(LOGITS, MASK, FEATURES), wanted(LOGITS, MASK, FEATURES))
 
 
 def test_each_part_checks_by_its_own_ignore_index():
     target = spoiled(255)
-    Combined(density=Density(ignore_index=255), edge=Edge(ignore_index=255), ignore_index=255)(LOGITS, target, FEATURES)
+    Combined(0.02, 0.1, density=Density(ignore_index=255), edge=Edge(ignore_index=255), ignore_index=255)(
+        LOGITS, target, FEATURES
+    )
     with pytest.raises(ValueError, match="target must hold only 0 and 1, got 255"):
-        Combined(density=Density(ignore_index=255), supervised=torch.nn.MSELoss())(LOGITS, target, FEATURES)
+        Combined(0.02, 0.1, density=Density(ignore_index=255), supervised=torch.nn.MSELoss())(LOGITS, target, FEATURES)
     with pytest.raises(ValueError, match="target must hold only 0 and 1 and ignore_index = 255, got 7"):
         Density(ignore_index=255)(FEATURES, spoiled(7))
     with pytest.raises(ValueError, match="target must hold only 0 and 1 and ignore_index = -1, got 255"):

@@ -50,8 +50,9 @@ def test_combined_weighs_its_parts(data):
     edge = reference.edge_loss(features, target, patch_size=sides[1], ignore_index=ignore_index)
     wanted = supervised + alpha * density + beta * edge
     assert_equal_values_and_gradients(terms.total, wanted + 0 * features.sum(), logits, features)
-    for got, value, weight in zip(terms[1:], (supervised, density, edge), (1, alpha, beta), strict=True):
+    for got, value, weight in zip(terms[1:4], (supervised, density, edge), (1, alpha, beta), strict=True):
         torch.testing.assert_close(got, value.double() * (weight > 0))
+    assert (terms.alpha, terms.beta) == (alpha, beta)
     assert torch.equal(criterion(logits, target, features), terms.total)
 
 
@@ -63,7 +64,7 @@ def test_gradcheck_of_the_combination():
 
 
 def test_the_weights_are_the_papers_unless_given():
-    criterion = CombinedExudateLoss()
+    criterion = CombinedExudateLoss.paper()
     assert (criterion.alpha, criterion.beta) == (0.02, 0.1)
 
 
@@ -74,7 +75,8 @@ def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criteri
     logits, target, features = batch()
     target[:, :, :, -4:] = -1
     tap = FeatureTap(torch.nn.Conv2d(4, 1, 1))
-    criterion = Mine.weak_edge(supervised=squares_of_valid, ignore_index=-1, features=tap)
+    with pytest.warns(FutureWarning, match=r"use CombinedExudateLoss\(...\), which sets the edge term's weight itself"):
+        criterion = Mine.weak_edge(supervised=squares_of_valid, ignore_index=-1, features=tap)
     assert type(criterion) is Mine
     assert criterion.tap is tap
     terms = criterion.terms(logits, target, features)
@@ -92,7 +94,7 @@ def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, monkeypat
         return masked_sums(*arguments)
 
     monkeypatch.setattr(_terms, "masked_sums", counted)
-    CombinedExudateLoss(edge=PatchEdgeContrastLoss(edge_side))(*batch())
+    CombinedExudateLoss(0.02, 0.1, edge=PatchEdgeContrastLoss(edge_side))(*batch())
     assert len(calls) == poolings
 
 
@@ -122,7 +124,7 @@ def test_alpha_and_beta_skip_and_may_change():
 )
 def test_another_supervised_loss(supervised):
     logits, target, features = batch(classes=2)
-    terms = CombinedExudateLoss(supervised=supervised).terms(logits, target, features)
+    terms = CombinedExudateLoss(0.02, 0.1, supervised=supervised).terms(logits, target, features)
     assert torch.equal(terms.supervised, supervised(logits, target))
     assert_equal_values_and_gradients(
         terms.total, terms.supervised + 0.02 * terms.density + 0.1 * terms.edge, logits, features
@@ -138,13 +140,13 @@ def test_supervised_gets_the_target_as_it_is():
         seen.append(target)
         return squares_of_valid(logits, target)
 
-    CombinedExudateLoss(supervised=supervised, ignore_index=-1)(logits, target, features)
+    CombinedExudateLoss(0.02, 0.1, supervised=supervised, ignore_index=-1)(logits, target, features)
     assert seen[0] is target
 
 
 def test_a_supervised_loss_that_learns_from_ignored_pixels_is_warned_of_once():
     logits, target, features = batch()
-    criterion = CombinedExudateLoss(supervised=binary_cross_entropy_with_logits, ignore_index=-1)
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=binary_cross_entropy_with_logits, ignore_index=-1)
     criterion(logits, target, features).backward()  # nothing is ignored yet
     target[0, 0, 3, 5] = -1
     loss = criterion(logits, target, features)
@@ -178,13 +180,13 @@ def test_pixels_that_the_terms_alone_ignore_may_be_learnt_from():
     def as_background(logits, target):
         return binary_cross_entropy_with_logits(logits, target.clamp(min=0))
 
-    CombinedExudateLoss(supervised=as_background, **parts)(logits, target, features).backward()
+    CombinedExudateLoss(0.02, 0.1, supervised=as_background, **parts)(logits, target, features).backward()
     assert logits.grad[0, 0, 3, 5] != 0
 
 
 def test_a_half_precision_supervised_loss_is_made_float32():
     logits, target, features = batch()
-    criterion = CombinedExudateLoss(supervised=lambda logits, _: logits.mean().half())
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=lambda logits, _: logits.mean().half())
     assert criterion(logits, target, features).dtype == torch.float32
     criterion.alpha = criterion.beta = 0
     assert criterion(logits, target).dtype == torch.float32
@@ -196,13 +198,15 @@ def test_a_subclass_of_a_term_is_called_as_it_is():
             return 2 * super().forward(features, target)
 
     logits, target, features = batch()
-    wanted = 2 * CombinedExudateLoss().terms(logits, target, features).density
-    torch.testing.assert_close(CombinedExudateLoss(density=Doubled()).terms(logits, target, features).density, wanted)
+    wanted = 2 * CombinedExudateLoss.paper().terms(logits, target, features).density
+    torch.testing.assert_close(
+        CombinedExudateLoss(0.02, 0.1, density=Doubled()).terms(logits, target, features).density, wanted
+    )
 
 
 def test_weights_stay_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
-        criterion = CombinedExudateLoss(0.5)
+        criterion = CombinedExudateLoss(0.5, 0.25)
     logits, target, features = batch()
     assert criterion.alpha == 0.5
-    assert torch.equal(criterion(logits, target, features), CombinedExudateLoss(0.5)(logits, target, features))
+    assert torch.equal(criterion(logits, target, features), CombinedExudateLoss(0.5, 0.25)(logits, target, features))

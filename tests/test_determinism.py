@@ -31,7 +31,9 @@ def large_batch(cells=128):
 
 
 def criterion(**options):
-    return CombinedExudateLoss(density=PatchDensityContrastLoss(**options), edge=PatchEdgeContrastLoss(**options))
+    return CombinedExudateLoss(
+        0.02, 0.1, density=PatchDensityContrastLoss(**options), edge=PatchEdgeContrastLoss(**options)
+    )
 
 
 def step(loss, device="cpu"):

@@ -24,9 +24,9 @@ from contrastive_exudate_loss import contrast as contrast_module
 def test_a_compiled_criterion_which_checks_no_value_reads_a_0_255_mask_as_it_looks():
     logits, target, features = batch()
     torch.compiler.reset()
-    compiled = torch.compile(CombinedExudateLoss(), backend="eager")
+    compiled = torch.compile(CombinedExudateLoss.paper(), backend="eager")
     torch.testing.assert_close(
-        compiled(logits, 255 * target, features), CombinedExudateLoss()(logits, target, features)
+        compiled(logits, 255 * target, features), CombinedExudateLoss.paper()(logits, target, features)
     )
 
 
@@ -101,7 +101,8 @@ def test_what_the_compiler_makes_into_code_equals_eager_code():
     logits, target, features = batch()
     torch.compiler.reset()
     losses = [
-        module(logits, target, features) for module in (CombinedExudateLoss(), torch.compile(CombinedExudateLoss()))
+        module(logits, target, features)
+        for module in (CombinedExudateLoss.paper(), torch.compile(CombinedExudateLoss.paper()))
     ]
     assert_equal_values_and_gradients(*losses, logits, features)
 
@@ -237,7 +238,7 @@ def test_mixed_precision_trains_on_cuda():
     _, target, _ = batch(images=4)
     images = (target + torch.randn(4, 3, 32, 32)).cuda()
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)).cuda()
-    criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(4), features=FeatureTap(model))
+    criterion = CombinedExudateLoss(0.02, 0.1, density=PatchDensityContrastLoss(4), features=FeatureTap(model))
     optimizer, scaler = torch.optim.Adam(model.parameters(), 0.01), torch.amp.GradScaler("cuda")
     losses = []
     for _ in range(30):
@@ -273,7 +274,7 @@ def test_triton_is_used_on_cuda():
 
 @pytest.mark.cuda
 def test_a_step_is_captured_in_a_cuda_graph():
-    criterion = CombinedExudateLoss()
+    criterion = CombinedExudateLoss.paper()
     inputs = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in batch()]
     logits, target, features = inputs
 
@@ -295,7 +296,7 @@ def test_a_step_is_captured_in_a_cuda_graph():
         for tensor, value in zip(inputs, other, strict=True):
             tensor.copy_(value)
     graph.replay()
-    loss = CombinedExudateLoss()(*other)
+    loss = CombinedExudateLoss.paper()(*other)
     wanted = loss, *gradients(loss, other[0], other[2])
     for a, b in zip(captured, wanted, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)

@@ -140,7 +140,7 @@ def test_a_layer_of_volumes_is_no_layer_of_images(layer, said):
 
 def test_a_copy_of_a_criterion_can_be_tapped_anew():
     net = Net()
-    criterion = copy.deepcopy(CombinedExudateLoss(features=FeatureTap(net)))
+    criterion = copy.deepcopy(CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net)))
     criterion.tap = FeatureTap(net)
     assert criterion(net(IMAGES), TARGET).isfinite()
 
@@ -182,7 +182,7 @@ def test_a_layer_that_runs_twice_is_said(layer):
 
 def test_a_tap_that_never_fired_says_so():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     with pytest.raises(
         RuntimeError, match=r"has not run as model\(images\) since it was tapped, or not with gradients, or only"
     ):
@@ -195,10 +195,10 @@ def test_a_tap_that_never_fired_says_so():
 
 def test_criterion_with_a_tap_equals_features_given():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     got = criterion(net(IMAGES), TARGET)
     features = body(net)
-    wanted = CombinedExudateLoss()(net.head(features), TARGET, features)
+    wanted = CombinedExudateLoss.paper()(net.head(features), TARGET, features)
     assert torch.equal(got, wanted)
     for a, b in zip(*(torch.autograd.grad(loss, net.parameters()) for loss in (got, wanted)), strict=True):
         torch.testing.assert_close(a, b)
@@ -206,14 +206,14 @@ def test_criterion_with_a_tap_equals_features_given():
 
 def test_given_features_win_over_the_tap():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     logits, other = net(IMAGES), torch.rand(2, 5, 16, 16)
-    assert torch.equal(criterion(logits, TARGET, other), CombinedExudateLoss()(logits, TARGET, other))
+    assert torch.equal(criterion(logits, TARGET, other), CombinedExudateLoss.paper()(logits, TARGET, other))
 
 
 def test_a_second_take_is_refused_until_the_next_forward():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     logits = net(IMAGES)
     criterion(logits, TARGET)
     with pytest.raises(RuntimeError, match=r"taken by a criterion already; run the tapped model .* again"):
@@ -242,16 +242,16 @@ def test_features_that_a_criterion_let_go_are_gone_until_the_next_pass(way):
 def test_detached_logits_are_taken():
     net = Net()
     tap = FeatureTap(net, "head")
-    criterion = CombinedExudateLoss(features=tap)
+    criterion = CombinedExudateLoss(0.02, 0.1, features=tap)
     logits = net(IMAGES).detach()
-    torch.testing.assert_close(criterion(logits, TARGET), CombinedExudateLoss()(logits, TARGET, body(net)))
+    torch.testing.assert_close(criterion(logits, TARGET), CombinedExudateLoss.paper()(logits, TARGET, body(net)))
 
 
 def test_a_leaf_may_be_the_features():
     net = Net()
     images = IMAGES.clone().requires_grad_()
-    loss = CombinedExudateLoss(features=FeatureTap(net, "body.0"))(net(images), TARGET)
-    torch.testing.assert_close(loss, CombinedExudateLoss()(net(images), TARGET, images))
+    loss = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, "body.0"))(net(images), TARGET)
+    torch.testing.assert_close(loss, CombinedExudateLoss.paper()(net(images), TARGET, images))
 
 
 def test_three_near_names_are_given():
@@ -262,7 +262,7 @@ def test_three_near_names_are_given():
 
 def test_validation_without_gradients_works_once_the_layer_is_known():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     wanted = criterion(net(IMAGES), TARGET)
     with torch.no_grad():
         assert torch.equal(criterion(net.eval()(IMAGES), TARGET), wanted)
@@ -279,7 +279,7 @@ def parallel(net, x):
 def test_logits_of_an_older_pass_are_refused(outcome, layer):
     layers = {"extra": nn.Conv2d(6, 4, 1), "between": nn.Conv2d(6, 6, 1), "side": nn.Conv2d(6, 1, 1)}
     net = Net(outcome, gate=nn.Linear(3, 1), **layers)
-    criterion = CombinedExudateLoss(features=FeatureTap(net, layer))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, layer))
 
     def logits():
         output = net(IMAGES)
@@ -312,7 +312,7 @@ def enlarged(logits):
 )
 def test_logits_that_were_cut_are_refused(layer, cut):
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net, layer))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, layer))
     with pytest.raises(ValueError, match="logits must not be cut out of what the tapped model gave"):
         criterion(cut(net(IMAGES)), cut(TARGET))
 
@@ -335,7 +335,7 @@ def test_resized_logits_of_some_channels_are_taken(layer, change):
         return wider[..., :16, :16]
 
     net = Net(outcome, two=nn.Conv2d(6, 2, 1))
-    criterion = CombinedExudateLoss(features=FeatureTap(net, layer))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, layer))
     for _ in range(2):  # the tap may choose in the first pass
         logits = change(net(IMAGES))
         assert criterion(logits, torch.zeros_like(logits)).isfinite()
@@ -347,12 +347,12 @@ def test_other_logits_than_the_main_ones_need_their_layer():
         return net.head(features), net.extra(features)
 
     net = Net(outcome, extra=nn.Conv2d(6, 1, 1))
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"must be made from the model's main ones, .*in place of .*'head'"):
             criterion(net(IMAGES)[1], TARGET)
         assert criterion(net(IMAGES)[0], TARGET).isfinite()
-    assert CombinedExudateLoss(features=FeatureTap(net, "extra"))(net(IMAGES)[1], TARGET).isfinite()
+    assert CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, "extra"))(net(IMAGES)[1], TARGET).isfinite()
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -370,7 +370,7 @@ def test_a_forward_pass_that_fails_leaves_no_features_of_the_one_before(taken):
 
 def test_the_tap_lets_the_graph_go():
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     for alpha in (0.02, 0):
         criterion.alpha = criterion.beta = alpha
         logits = net(IMAGES)
@@ -402,7 +402,7 @@ def test_closing_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_layers(use_reentrant):
     net = Net(lambda net, x: net.head(checkpoint(net.body, x, use_reentrant=use_reentrant)))
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     if use_reentrant:
         logits = net(IMAGES)  # no input requires a gradient: the checkpoint cuts the graph
         with pytest.raises(ValueError, match="use_reentrant=False"):
@@ -420,7 +420,7 @@ def test_recomputation_does_not_refill_the_tap(whole):
     outcome = run if whole else lambda net, x: checkpoint(run, net, x, use_reentrant=False)
     net = Net(outcome, last=nn.Conv2d(1, 1, 1))
     tap = FeatureTap(net, "head")
-    criterion = CombinedExudateLoss(features=tap)
+    criterion = CombinedExudateLoss(0.02, 0.1, features=tap)
     logits = checkpoint(net, IMAGES, use_reentrant=False) if whole else net(IMAGES)
     criterion(logits, TARGET).backward()
     assert net.body[0].weight.grad.any()
@@ -434,7 +434,7 @@ def test_copies_of_a_tapped_model_are_untapped(way, chosen):
     # Modules without a local function, so that they can be pickled.
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
     tap = FeatureTap(net)
-    criterion = CombinedExudateLoss(features=tap)
+    criterion = CombinedExudateLoss(0.02, 0.1, features=tap)
     if chosen:
         net(IMAGES)
     if way == "deepcopy":
@@ -461,13 +461,13 @@ def test_copies_of_a_tapped_model_are_untapped(way, chosen):
 
 def test_a_compiled_model_feeds_a_tap_whose_layer_is_given():
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
-    criterion = CombinedExudateLoss(features=FeatureTap(net, "2"))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, "2"))
     torch.compiler.reset()
     compiled = torch.compile(net, backend="eager")
     for _ in range(2):
         loss = criterion(compiled(IMAGES), TARGET)
         features = net[:2](IMAGES)
-        torch.testing.assert_close(loss, CombinedExudateLoss()(net[2](features), TARGET, features))
+        torch.testing.assert_close(loss, CombinedExudateLoss.paper()(net[2](features), TARGET, features))
 
 
 @pytest.mark.parametrize("head", [nn.Conv2d(6, 1, 1), nn.Linear(6, 1)], ids=lambda head: type(head).__name__)
@@ -477,7 +477,7 @@ def test_the_features_of_a_compiled_pass_may_be_views(head):
         return net.last(flat) if isinstance(head, nn.Conv2d) else net.last(flat.movedim(1, -1)).movedim(-1, 1)
 
     net = Net(outcome, last=head)
-    criterion = CombinedExudateLoss(features=FeatureTap(net, "last"))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, "last"))
     torch.compiler.reset()
     compiled = torch.compile(net, backend="aot_eager")
     criterion(compiled(IMAGES), TARGET).backward()
@@ -493,7 +493,7 @@ def test_training_an_smp_unet_lowers_the_loss(classes):
     net = smp.Unet("resnet18", encoder_weights=None, classes=classes)
     images = torch.rand(2, 3, 64, 64)
     target = (images[:, :1] > 0.6).float().repeat(1, classes, 1, 1)
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     losses = []
     for _ in range(8):

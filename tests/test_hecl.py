@@ -45,7 +45,7 @@ def test_hecl_equals_the_published_loop(case):
     edge, density = published_loop(features, target)
     supervised = reference.cross_entropy(logits, target)
     wanted = (supervised + 0.01 * (edge + density), supervised, density, edge)
-    for a, b in zip(got, wanted, strict=True):
+    for a, b in zip(got[:4], wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     total = wanted[0] + 0 * features.sum()
     for a, b in zip(gradients(got.total, logits, features), gradients(total, logits, features), strict=True):

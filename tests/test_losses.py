@@ -109,7 +109,7 @@ def test_the_dtype_of_the_target_changes_nothing(term, dtype):
     logits, target, features = batch()
     for criterion, arguments in (
         (TERMS[term](8), lambda target: (features, target)),
-        (CombinedExudateLoss(), lambda target: (logits, target, features)),
+        (CombinedExudateLoss.paper(), lambda target: (logits, target, features)),
     ):
         assert torch.equal(criterion(*arguments(target.to(dtype))), criterion(*arguments(target)))
 
@@ -121,12 +121,12 @@ def test_the_dtype_of_the_target_changes_nothing(term, dtype):
 def test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere(dtype, ignore_index):
     # Torch itself compares after rounding: 156 == -100 and 1 == 257 in uint8, 2048 == 2049 in float16.
     logits, target, features = batch()
-    with_it = CombinedExudateLoss(ignore_index=ignore_index)(logits, target.to(dtype), features)
-    assert torch.equal(with_it, CombinedExudateLoss()(logits, target.to(dtype), features))
+    with_it = CombinedExudateLoss(0.02, 0.1, ignore_index=ignore_index)(logits, target.to(dtype), features)
+    assert torch.equal(with_it, CombinedExudateLoss.paper()(logits, target.to(dtype), features))
     if dtype != torch.bool:
         target[0, 0, 0, 0] = 156 if dtype == torch.uint8 else 2048
         with pytest.raises(ValueError, match="target must hold only"):
-            CombinedExudateLoss(ignore_index=ignore_index)(logits, target.to(dtype), features)
+            CombinedExudateLoss(0.02, 0.1, ignore_index=ignore_index)(logits, target.to(dtype), features)
 
 
 @term

@@ -23,7 +23,7 @@ def step(criterion, *inputs):
 
 def test_extra_memory_is_at_most_a_tenth_of_the_features():
     batch = drawn_batch((512, 512), CPU, channels=32)
-    peak, kept = extra_memory(CPU, step(CombinedExudateLoss(), *batch))
+    peak, kept = extra_memory(CPU, step(CombinedExudateLoss.paper(), *batch))
     assert kept == batch.features.nbytes + batch.logits.nbytes
     assert peak - batch.features.nbytes <= 0.1 * batch.features.nbytes
 
@@ -57,7 +57,7 @@ def living():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory from Linux")
 def test_a_thousand_steps_of_changing_sizes_leave_memory_where_it_was():
-    criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(8))
+    criterion = CombinedExudateLoss(0.02, 0.1, density=PatchDensityContrastLoss(8))
 
     def steps(count):
         for n in range(count):

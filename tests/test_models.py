@@ -23,7 +23,7 @@ def train(model, size=64, classes=1, layer=None, logits_of=lambda output: output
     """The tap after some steps on one batch, which must lower the loss and reach the first layer."""
     images, target = batch(size, classes)
     tap = FeatureTap(model, layer)
-    criterion = CombinedExudateLoss(features=tap)
+    criterion = CombinedExudateLoss(0.02, 0.1, features=tap)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
     for _ in range(steps):

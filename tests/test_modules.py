@@ -21,12 +21,12 @@ from contrastive_exudate_loss import (
 
 def test_meta_tensors_of_monai_give_plain_tensors():
     logits, target, features = batch()
-    wanted = CombinedExudateLoss().terms(logits, target, features)
+    wanted = CombinedExudateLoss.paper().terms(logits, target, features)
     inputs = MetaTensor(logits), MetaTensor(target), MetaTensor(features)
-    for got, value in zip(CombinedExudateLoss().terms(*inputs), wanted, strict=True):
+    for got, value in zip(CombinedExudateLoss.paper().terms(*inputs), wanted, strict=True):
         assert type(got) is torch.Tensor
         assert torch.equal(got, value)
-    dice = CombinedExudateLoss(supervised=DiceLoss(sigmoid=True))
+    dice = CombinedExudateLoss(0.02, 0.1, supervised=DiceLoss(sigmoid=True))
     assert type(dice(*inputs)) is torch.Tensor
 
 
@@ -78,8 +78,8 @@ def test_repr_shows_the_options_that_are_set_and_nothing_else(name):
 
 
 def test_repr_names_options_parts_and_a_supervised_function():
-    assert "supervised=<function" in repr(CombinedExudateLoss(supervised=lambda logits, _: logits.mean()))
-    assert "supervised" not in repr(CombinedExudateLoss())
+    assert "supervised=<function" in repr(CombinedExudateLoss(0.02, 0.1, supervised=lambda logits, _: logits.mean()))
+    assert "supervised" not in repr(CombinedExudateLoss.paper())
     assert "num_patches=4" in repr(MODULES["density"])
     assert "select=3" in repr(MODULES["density"])
     assert "inner_radius=(1, 2)" in repr(MODULES["edge"])
@@ -103,5 +103,5 @@ def test_modules_keep_no_tensor_of_a_call():
 def test_inputs_stay_as_they_are():
     tensors = [tensor.detach() for tensor in batch()]
     before = [tensor.clone() for tensor in tensors]
-    CombinedExudateLoss()(*tensors)
+    CombinedExudateLoss.paper()(*tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

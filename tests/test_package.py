@@ -15,17 +15,18 @@ import contrastive_exudate_loss as package
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "contrastive_exudate_loss").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "features"}
+MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "features", "pull"}
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
-    "features": {"graph"},
+    "features": {"graph", "norms"},
+    "pull": {"norms"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
-    "_terms": {"_options", "masks"} | MIDDLE - {"features"},
+    "_terms": {"_options", "masks"} | MIDDLE - {"features", "pull"},
     "_supervised": {"masks"},
     "losses": {"_options", "_terms", "_supervised", "masks"} | MIDDLE,
-    "__init__": {"losses", "features"},
+    "__init__": {"losses", "features", "pull"},
 }
 
 
@@ -52,6 +53,7 @@ def test_public_names():
         "LossTerms",
         "PatchDensityContrastLoss",
         "PatchEdgeContrastLoss",
+        "Pull",
         "__version__",
     ]
     for name in package.__all__:

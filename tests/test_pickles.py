@@ -34,7 +34,7 @@ def modules():
             num_patches=4, isolate_patches=True, scope="image", density_threshold=0.3, **bands, **common
         ),
         "edge of drawn patches": PatchEdgeContrastLoss(4, max_patches=3),
-        "combined": CombinedExudateLoss(),
+        "combined": CombinedExudateLoss.paper(),
         "combined of parts": CombinedExudateLoss(
             0.5,
             0.25,
@@ -43,8 +43,8 @@ def modules():
             edge=PatchEdgeContrastLoss(8, ignore_index=-1),
             ignore_index=-1,
         ),
-        "combined with a function": CombinedExudateLoss(supervised=nn.functional.soft_margin_loss),
-        "combined with a tap": CombinedExudateLoss(features=FeatureTap(model)),
+        "combined with a function": CombinedExudateLoss(0.02, 0.1, supervised=nn.functional.soft_margin_loss),
+        "combined with a tap": CombinedExudateLoss(0.02, 0.1, features=FeatureTap(model)),
         "hecl": CombinedExudateLoss.hecl(),
         "tapped model": model,
         "tap of a layer": FeatureTap(model, layer="1"),

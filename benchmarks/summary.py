@@ -1,7 +1,7 @@
 """Tables and plots of the study, from the file of its runs alone.
 
     python benchmarks/summary.py                       # prints the tables
-    python benchmarks/summary.py --document docs/results.md --plots docs
+    python benchmarks/summary.py --document docs/results-tables.md --plots docs
 
 The second puts the tables between two marks of the document, and writes four plots, study-*.png.
 """

@@ -620,10 +620,10 @@ def test_an_interval_is_drawn_from_three_seeds_on(tmp_path):
     assert 0 < 3 * blue[0] < blue[1]
 
 
-def test_the_page_shows_the_recorded_runs(capsys):
+def test_the_page_of_tables_shows_the_recorded_runs(capsys):
     assert summary.main([]) == 0
     root = Path(summary.__file__).parents[1]
-    assert capsys.readouterr().out.rstrip() in (root / "docs/results.md").read_text()
+    assert capsys.readouterr().out.rstrip() in (root / "docs/results-tables.md").read_text()
     lines = study.read_lines(study.RESULTS)
     found = {letter: summary._arms(study.QUESTIONS[letter], lines) for letter in "aekt"}
 

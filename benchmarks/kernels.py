@@ -21,7 +21,7 @@ def main() -> None:
     for name, criterion, first in (
         ("density", PatchDensityContrastLoss(), 2),
         ("edge", PatchEdgeContrastLoss(), 2),
-        ("combined", CombinedExudateLoss(), 0),
+        ("combined", CombinedExudateLoss.paper(), 0),
     ):
         for stride in (1, 4):
             logits, target, features = meta_batch(512, 32, stride)

@@ -1,4 +1,4 @@
-"""Does it help? The runs of docs/results.md, one after the other; each appends a line to a file.
+"""Does it help? The runs of docs/protocol.md, one after the other; each appends a line to a file.
 
     python benchmarks/study.py --data PATH --question a
 
@@ -184,7 +184,7 @@ def _commit() -> str:
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
-    parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/results.md")
+    parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/protocol.md")
     parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")

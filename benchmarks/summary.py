@@ -1,7 +1,7 @@
 """Tables and plots of the study, from the file of its runs alone.
 
     python benchmarks/summary.py                       # prints the tables
-    python benchmarks/summary.py --document docs/results.md --plots docs
+    python benchmarks/summary.py --document docs/results-tables.md --plots docs
 
 The second puts the tables between two marks of the document, and writes four plots, study-*.png.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS
 from measure.markdown import aligned
-from trials.differences import measured, of_each_seed, over_photographs, over_seeds, paired
+from trials.differences import Difference, holm, measured, of_each_seed, over_both, over_photographs, over_seeds, paired
 from trials.objective import rise
 from trials.plots import write_curves, write_differences
 from trials.questions import QUESTIONS, Question
@@ -153,10 +153,12 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     *earlier, last = run["curve"]
     if "f1_by_threshold" not in last:
         return run
-    best = np.argmax(_f1_table(last), 1, keepdims=True)
+    # On the folds, where the largest of more is larger, all runs are compared by the thresholds of the first.
+    name = "f1_by_threshold" if run["tested"] else "f1_by_first_threshold"
+    best = np.argmax(_f1_table(last, name), 1, keepdims=True)
 
     def tuned(metrics: dict[str, Any]) -> dict[str, Any]:
-        table = _f1_table(metrics)
+        table = _f1_table(metrics, name)
         f1 = np.take_along_axis(table, best, 1)
         thresholds = THRESHOLDS if table.shape[1] == len(THRESHOLDS) else FIRST_THRESHOLDS
         return metrics | {"f1_tuned": float(f1.mean()), "threshold": float(np.take(thresholds, best).mean())}
@@ -168,9 +170,9 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     return run | {"curve": [*earlier, tuned(last)], "test": tuned(run["test"]) | known}
 
 
-def _f1_table(metrics: Run) -> npt.NDArray[np.float64]:
-    """F1 by lesion and threshold; runs of old have their only lesion's by threshold alone."""
-    return np.atleast_2d(metrics["f1_by_threshold"])
+def _f1_table(metrics: Run, name: str) -> npt.NDArray[np.float64]:
+    """F1 by lesion and threshold; early runs have one set of thresholds, and their only lesion's by threshold alone."""
+    return np.atleast_2d(metrics.get(name, metrics["f1_by_threshold"]))
 
 
 def _pairs(question: Question, arms: Arms) -> dict[str, list[tuple[Run, Run]]]:
@@ -193,9 +195,11 @@ def _metrics(question: Question, arms: Arms) -> str:
 def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run]]]) -> str:
     title = "minus BCE, or what the row names, of the same seeds: mean (t interval over seeds; two seeds: each one's)"
     if question.tested:
-        title += "; bootstrap over photographs, networks held fixed"
+        title += " [over seeds and photographs]; bootstrap over photographs, networks held fixed"
     keys = [key for key in COMPARED if any(of_each_seed(own, key, tested=question.tested) for own in pairs.values())]
-    rows = [[title, "seeds", *(SHOWN[key] for key in keys)]]
+    adjusted = {f"{SHOWN[key]}: p, Holm": _holm(question, pairs, key) for key in ("f1", "f1_tuned")}
+    adjusted = {title: cells for title, cells in adjusted.items() if cells}
+    rows = [[title, "seeds", *(SHOWN[key] for key in keys), *adjusted]]
     for name, own in pairs.items():
         cells = []
         for key in keys:
@@ -203,10 +207,48 @@ def _differences(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run
             cell = _interval(known) if known else "-"
             cell += _fewer(len(known), len(own))
             if question.tested:
-                cell += _bootstrap(own, key)
+                cell += _both(own, key) + _bootstrap(own, key)
             cells.append(cell)
+        cells += [found.get(name, "-") for found in adjusted.values()]
         rows.append([_compared(question, name), str(len(own)), *cells])
     return aligned(rows)
+
+
+def _holm(question: Question, pairs: Mapping[str, Sequence[tuple[Run, Run]]], key: str) -> dict[str, str]:
+    """p-values over seeds [over seeds and photographs], adjusted in a family: arms with a term, or arms without."""
+    shown: dict[str, str] = {}
+    for plain in (False, True):
+        family = [name for name in pairs if (question.arms[name].alpha == question.arms[name].beta == 0) == plain]
+        known = {name: of_each_seed(pairs[name], key, tested=question.tested) for name in family}
+        seeds = _adjusted({name: over_seeds(own) for name, own in known.items() if own})
+        both = _adjusted({name: _over_both(pairs[name], key) for name in family}) if question.tested else {}
+        shown |= {name: f"{p:.3f}" + (f" [{both[name]:.3f}]" if name in both else "") for name, p in seeds.items()}
+    return shown
+
+
+def _adjusted(family: Mapping[str, Difference | None]) -> dict[str, float]:
+    """The p-values of those that have one, adjusted for their number."""
+    known = {name: found.p for name, found in family.items() if found is not None and found.p is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))
+
+
+def _over_both(pairs: Sequence[tuple[Run, Run]], key: str) -> Difference | None:
+    """None where a run's photographs were not counted so."""
+    if not _counted(pairs, key):
+        return None
+    return over_both(pairs, key.removesuffix("_tuned"), tuned=key.endswith("_tuned"))
+
+
+def _counted(pairs: Sequence[tuple[Run, Run]], key: str) -> bool:
+    """Whether the counts of all photographs are there, from which the metric comes."""
+    return key != "average_precision" and (
+        not key.endswith("_tuned") or all("tuned" in run["test"] for pair in pairs for run in pair)
+    )
+
+
+def _both(pairs: Sequence[tuple[Run, Run]], key: str) -> str:
+    found = _over_both(pairs, key)
+    return "" if found is None or found.interval is None else f" [{found.interval[0]:+.3f} to {found.interval[1]:+.3f}]"
 
 
 def _compared(question: Question, arm: str) -> str:
@@ -218,10 +260,9 @@ def _compared(question: Question, arm: str) -> str:
 
 def _bootstrap(pairs: Sequence[tuple[Run, Run]], key: str) -> str:
     """Nothing where a run's photographs were not counted so."""
-    tuned = key.endswith("_tuned")
-    if key == "average_precision" or (tuned and not all("tuned" in run["test"] for pair in pairs for run in pair)):
+    if not _counted(pairs, key):
         return ""
-    _, interval = over_photographs(pairs, key.removesuffix("_tuned"), tuned=tuned)
+    interval = over_photographs(pairs, key.removesuffix("_tuned"), tuned=key.endswith("_tuned")).interval
     return "" if interval is None else f"; {interval[0]:+.3f} to {interval[1]:+.3f}"
 
 
@@ -256,7 +297,7 @@ def _pull(runs: Sequence[Run], where: str, part: str) -> str:
     norms = [
         (_weight(run["settings"], part, point["step"]) * point[where][part], point[where]["supervised"])
         for run in runs
-        if run["settings"]["weights"] != "share"
+        if run["settings"]["weights"] in ("fixed", "ramp")
         for point in run["gradient_norms"]
     ]
     ratios = [term / supervised for term, supervised in norms if term > 0 and supervised > 0]
@@ -292,7 +333,7 @@ def _fewer(known: int, seeds: int) -> str:
 
 
 def _interval(differences: Sequence[float]) -> str:
-    mean, interval = over_seeds(differences)
+    mean, interval, _ = over_seeds(differences)
     if interval is not None:
         return f"{mean:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
     return f"{mean:+.3f}" + (f" ({', '.join(f'{one:+.3f}' for one in differences)})" if len(differences) > 1 else "")

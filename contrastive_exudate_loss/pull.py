@@ -25,8 +25,8 @@ HALF_SCALE = 2.0**13  # of gradients in float16
 STEP, SEEN_TERMS, SEEN_LAYER, SEEN_HAND, SUMS, SHARES, USED = 0, 1, 2, 3, slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
 SCALE, TERMS = 1, (2, 3)
-# In the norms of the supervised loss, (2,) each: COUNT, and the norm: at the layer, scaled like the total's gradient, or
-# by hand, not scaled.
+# In the norms of the supervised loss, (2,) each: COUNT, and the norm; that at the layer is scaled like the total's
+# gradient, that by hand is not.
 NORM = 1
 
 

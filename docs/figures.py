@@ -32,7 +32,7 @@ from contrastive_exudate_loss.morphology import FOOTPRINTS, inner_contour, outer
 from contrastive_exudate_loss.patches import lesion_fraction, patch_counts
 from contrastive_exudate_loss.pooling import masked_sums
 
-CRITERION = CombinedExudateLoss()
+CRITERION = CombinedExudateLoss.paper()
 PHOTOGRAPHS = 40
 SIZES = (1, 10, 30, 100, 300)
 PATCH = 16

@@ -15,7 +15,7 @@ from data.idrid import MASKED, Files, read_image, read_lesion, reduced_mask, red
 from data.samples import Sample, random_crop
 
 CHANNELS = tuple(MASKED)  # of a photograph's masks: four lesions, then the optic disc
-EYE = 200, 3800  # columns that hold it, nearly: see docs/results.md
+EYE = 200, 3800  # columns that hold it, nearly: see docs/protocol.md
 FOLDS = 5
 BRIGHTNESS, CONTRAST = 0.1, 0.2  # largest change: of the range, and of the factor
 

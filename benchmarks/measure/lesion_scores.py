@@ -66,11 +66,13 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
     }
 
 
-def f1_by_threshold(probability: npt.NDArray[np.float32], lesion: Array) -> list[float]:
-    """F1 of one photograph's pixels with a probability above each of THRESHOLDS; both (H, W)."""
-    passed = np.searchsorted(np.asarray(THRESHOLDS, np.float32), probability.ravel())  # so many of them lie below it
+def f1_by_threshold(
+    probability: npt.NDArray[np.float32], lesion: Array, thresholds: Sequence[float] = THRESHOLDS
+) -> list[float]:
+    """F1 of one photograph's pixels with a probability above each of rising thresholds; both (H, W)."""
+    passed = np.searchsorted(np.asarray(thresholds, np.float32), probability.ravel())  # so many of them lie below it
     above = [
-        np.cumsum(np.bincount(pixels, minlength=len(THRESHOLDS) + 1)[::-1])[-2::-1]
+        np.cumsum(np.bincount(pixels, minlength=len(thresholds) + 1)[::-1])[-2::-1]
         for pixels in (passed, passed[lesion.ravel()])
     ]
     found: list[float] = _ratio(2 * above[1], above[0] + lesion.sum()).tolist()

@@ -86,7 +86,7 @@ def otherwise(plan: Plan, tick: Tick) -> list[Row]:
     batch = drawn_batch(plan.image, plan.device, channels=plan.channels, seed=plan.seed)
     tick("multiply and pool")
     works = {
-        "combined, defaults": _step(CombinedExudateLoss(), batch),
+        "combined, defaults": _step(CombinedExudateLoss.paper(), batch),
         "the same, multiplied and pooled": _step(_plain, batch),
     }
     return rows + _compared(plan, works, batch)
@@ -126,7 +126,7 @@ def training_step(plan: Plan, tick: Tick) -> list[Row]:
         images, target = _images(plan)
         plain, tapped = (_network(encoder, plan) for _ in range(2))
         tap = FeatureTap(tapped)
-        criterion = CombinedExudateLoss(features=tap)
+        criterion = CombinedExudateLoss.paper(features=tap)
         works = {
             "step, BCE": _training(plain, nn.BCEWithLogitsLoss(), images, target),
             "step, combined": _training(tapped, criterion, images, target),
@@ -135,7 +135,7 @@ def training_step(plan: Plan, tick: Tick) -> list[Row]:
         batch = Batch(logits, target, tap.take().detach().requires_grad_())
         works |= {
             "BCE alone": _step(F.binary_cross_entropy_with_logits, batch[:2]),
-            "combined alone": _step(CombinedExudateLoss(), batch),
+            "combined alone": _step(CombinedExudateLoss.paper(), batch),
         }
         seconds = _seconds(plan, works)
         for name in works:
@@ -169,7 +169,9 @@ def growth(plan: Plan, tick: Tick) -> list[Row]:
                 seed=plan.seed,
             )
             patch = value if axis == "patch_size" else PATCH
-            criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(patch), edge=PatchEdgeContrastLoss(patch))
+            criterion = CombinedExudateLoss(
+                0.02, 0.1, density=PatchDensityContrastLoss(patch), edge=PatchEdgeContrastLoss(patch)
+            )
             works = {
                 "combined": _step(criterion, batch),
                 "BCE": _step(F.binary_cross_entropy_with_logits, batch[:2]),
@@ -242,7 +244,7 @@ def _losses(batch: Batch) -> Iterator[tuple[str, Callable[..., Tensor], tuple[Te
     yield "BCE", nn.BCEWithLogitsLoss(), batch[:2]
     yield "density", PatchDensityContrastLoss(), (batch.features, batch.target)
     yield "edge", PatchEdgeContrastLoss(), (batch.features, batch.target)
-    yield "combined", CombinedExudateLoss(), batch
+    yield "combined", CombinedExudateLoss.paper(), batch
 
 
 def _step(criterion: Callable[..., Tensor], inputs: Iterable[Tensor], half: bool = False) -> Callable[[], object]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from data.photographs import CHANNELS, encoder_input
 from data.samples import Sample
-from measure.lesion_scores import THRESHOLDS, by_lesion, counts, f1_by_threshold, metrics
+from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS, by_lesion, counts, f1_by_threshold, metrics
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_average_precision
 
@@ -29,6 +29,7 @@ def evaluation(
     Returns:
         lesion_scores.metrics and average_precision: each the mean over the lesions.
         f1_by_threshold: for each lesion a list, each the mean over the photographs with the lesion.
+        f1_by_first_threshold: likewise at the thresholds of the first runs, which choices go on to be made by.
         photographs: for each photograph and lesion its name, the lesion, and lesion_scores.counts.
         tuned: the metrics and photographs at those thresholds, if there are any.
     """
@@ -36,7 +37,8 @@ def evaluation(
     found: list[list[dict[str, Any]]] = [[] for _ in levels]
     probabilities: list[list[Tensor]] = [[] for _ in settings.lesions]
     truth: list[list[Tensor]] = [[] for _ in settings.lesions]
-    by_threshold: list[list[list[float]]] = [[] for _ in settings.lesions]
+    grids = {"f1_by_threshold": THRESHOLDS, "f1_by_first_threshold": FIRST_THRESHOLDS}
+    by_threshold: dict[str, list[list[list[float]]]] = {name: [[] for _ in settings.lesions] for name in grids}
     model.eval()
     for sample in samples:
         probability = _probability(model, sample)
@@ -46,8 +48,8 @@ def evaluation(
             mask = sample.lesion[CHANNELS.index(lesion)]
             probabilities[k].append(probability[k].flatten())
             truth[k].append(mask.flatten().to(probability.device))
-            if mask.any():
-                by_threshold[k].append(f1_by_threshold(shown[k], np.asarray(mask)))
+            for name, thresholds in grids.items() if mask.any() else ():
+                by_threshold[name][k].append(f1_by_threshold(shown[k], np.asarray(mask), thresholds))
             for level, own in zip(levels, found, strict=True):
                 numbers = counts(shown[k] > level[k], np.asarray(mask), disc)
                 own.append({"name": sample.name, "lesion": lesion, **numbers})
@@ -55,11 +57,14 @@ def evaluation(
         float(binary_average_precision(torch.cat(p), torch.cat(t).int()))
         for p, t in zip(probabilities, truth, strict=True)
     ]
-    means = [np.mean(f1, 0) if f1 else np.zeros(len(THRESHOLDS)) for f1 in by_threshold]
+    means = {
+        name: [np.mean(f1, 0) if f1 else np.zeros(len(grids[name])) for f1 in found]
+        for name, found in by_threshold.items()
+    }
     return {
         **_mean_metrics(found[0]),
         "average_precision": sum(precisions) / len(precisions),
-        "f1_by_threshold": np.round(means, 5).tolist(),
+        **{name: np.round(f1, 5).tolist() for name, f1 in means.items()},
         "photographs": found[0],
     } | ({"tuned": {**_mean_metrics(found[1]), "photographs": found[1]}} if tuned else {})
 

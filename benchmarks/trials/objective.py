@@ -16,6 +16,7 @@ from contrastive_exudate_loss import (
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    Pull,
 )
 from trials.pairs import OtherPairsLoss
 
@@ -30,9 +31,9 @@ SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     ),
 }
 DISC = ("background", "ignored", "ignored by the terms")
-# How alpha and beta are meant: as they are, rising to that over the first third, or as the share of the supervised
-# loss's gradient at the features that the term's is scaled to.
-WEIGHTS = ("fixed", "ramp", "share")
+# How alpha and beta are meant: as they are, rising to that over the first third, as the share of the supervised loss's
+# gradient at the features that the term's is scaled to in each step, or as the times of a Pull, likewise rising or not.
+WEIGHTS = ("fixed", "ramp", "share", "pull", "pull, ramp")
 MEMORY = 0.9  # of the running means of gradient norms
 
 
@@ -82,6 +83,13 @@ class Objective:
         self.projection: nn.Module | None = None
         self.tap = FeatureTap(model, settings.layer) if settings.alpha or settings.beta else None
         self.criterion = _criterion(settings)
+        self.pulls = settings.weights.startswith("pull")
+        if self.pulls:
+            warm_up = settings.steps // 3 if settings.weights.endswith("ramp") else 0
+            self.criterion.alpha, self.criterion.beta = (
+                Pull(times, warm_up=warm_up) if times else 0.0 for times in (settings.alpha, settings.beta)
+            )
+            self.criterion.tap = self.tap
         if settings.projection:
             channels = model.get_parameter("segmentation_head.0.weight").shape[1]
             self.projection = nn.Conv2d(channels, channels, 1).to(next(model.parameters()).device)
@@ -99,7 +107,7 @@ class Objective:
         if self.settings.disc != "background":
             disc = masks[:, CHANNELS.index("OD"), None]
             target = target.masked_fill(disc & (target == 0), IGNORED)
-        if self.tap is None:
+        if self.tap is None or self.pulls:
             return self.criterion.terms(logits, target)
         features = self.tap.take()
         if self.settings.weights == "ramp":

@@ -39,7 +39,7 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     for y, differences in enumerate(rows.values()):
-        mean, interval = over_seeds(differences)
+        mean, interval, _ = over_seeds(differences)
         panel.plot(differences, [y] * len(differences), "o", color=COLOURS[0], alpha=0.3)
         panel.plot(mean, y, "D", color=COLOURS[1])
         if interval is not None:

@@ -1,7 +1,7 @@
 """What the study asks: the arms of each question, and its seeds."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trials.objective import Settings
 from trials.pairs import PAIRS
@@ -126,6 +126,30 @@ HARDER = {
 # The gate: t's first comparison again, on seeds of its own.
 HARDER_ON_DICE = {name: settings for name, settings in HARDER.items() if settings.supervised == "dice + bce"}
 LONGER = {f"{name}, long": _but(settings, steps=1800) for name, settings in HARDER_ON_DICE.items()}
+PEERS_OF_PULL = {**HARDER, "bce": BCE, "edge, ramp": RAMP}
+# As users call the constructor: that decides.
+PULLED = {
+    f"{loss} + edge, pull 1": _but(BCE, supervised=loss, beta=1.0, weights="pull")
+    for loss in ("dice + bce", "tversky", "bce")
+}
+PULLED_OTHERWISE = {
+    f"{loss} + edge, pull {times:g}, ramp": _but(BCE, supervised=loss, beta=times, weights="pull, ramp")
+    for times in (1.0, 0.5, 2.0)
+    for loss in ("dice + bce", "tversky", "bce")
+}
+# Where a fixed weight fell short or was not tried.
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    **{lesion: {"lesions": (lesion,)} for lesion in ("MA", "SE", "HE")},
+    **{network: {"network": network} for network in ("fpn", "deeplabv3plus")},
+}
+PULLED_ELSEWHERE = {
+    name: settings
+    for where, changes in ELSEWHERE.items()
+    for name, settings in (
+        (f"dice + bce, {where}", _but(PEERS["dice + bce"], **changes)),
+        (f"dice + bce + edge, pull 1, {where}", _but(PULLED["dice + bce + edge, pull 1"], **changes)),
+    )
+}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -168,6 +192,9 @@ QUESTIONS = {
     "t": Question(HARDER, range(20, 23), tested=True),
     "u": Question(HARDER_ON_DICE, range(23, 30), tested=True),
     "v": Question(LONGER, range(23, 26), tested=True),
+    "p": Question(_short({**PEERS_OF_PULL, **PULLED}), range(3), tested=False),
+    "q": Question(_short({**PEERS_OF_PULL, **PULLED_OTHERWISE}), range(3), tested=False),
+    "r": Question(_short(PULLED_ELSEWHERE), range(3), tested=False),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

@@ -19,8 +19,8 @@ CONTRAST = "torch.ops.contrastive_exudate_loss.contrast.default"
 CRITERIA = {
     "density": MODULES["density"],
     "edge": MODULES["edge"],
-    "combined": CombinedExudateLoss(),
-    "ignoring": CombinedExudateLoss(ignore_index=-1),
+    "combined": CombinedExudateLoss.paper(),
+    "ignoring": CombinedExudateLoss(0.02, 0.1, ignore_index=-1),
 }
 CASES = [
     ("density", 1, torch.float32),

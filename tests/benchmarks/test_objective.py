@@ -65,7 +65,7 @@ def test_weights_and_options_are_those_of_the_criterion():
 def test_several_lesions_are_several_channels():
     settings = dataclasses.replace(BOTH, lesions=("MA", "HE", "EX", "SE"))
     terms, features, logits, masks = terms_of(settings)
-    wanted = CombinedExudateLoss().terms(logits, masks[:, :4].float(), features)
+    wanted = CombinedExudateLoss.paper().terms(logits, masks[:, :4].float(), features)
     assert terms.supervised == wanted.supervised
 
 

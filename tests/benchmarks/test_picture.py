@@ -25,7 +25,7 @@ def rgb(colour):
 @pytest.mark.parametrize("size", [(64, 64), (50, 41)])
 def test_dense_patches_are_those_more_than_half_lesion(size):
     lesion = torch.rand(size, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, size[1])
-    criterion = CombinedExudateLoss(density=PatchDensityContrastLoss(8))
+    criterion = CombinedExudateLoss(0.02, 0.1, density=PatchDensityContrastLoss(8))
     dense, sides = picture.dense_patches(lesion, criterion)
     assert sides == (8, 8)
     for row in range(dense.shape[0]):
@@ -40,14 +40,14 @@ def test_the_window_shows_the_most_dense_patches():
     scattered = empty(400, 500)
     scattered[::2] = True  # much lesion, but half of each patch: none dense
     window = picture.busiest_window(
-        [sample_of(empty(400, 500)), sample_of(scattered), sample_of(lesion)], CombinedExudateLoss()
+        [sample_of(empty(400, 500)), sample_of(scattered), sample_of(lesion)], CombinedExudateLoss.paper()
     )
     assert window.sample == 2
     assert window.cut(lesion).sum() == 32 * 32
 
 
 def test_the_window_is_the_image_where_that_is_small():
-    assert picture.busiest_window([sample_of(empty(40, 30))], CombinedExudateLoss()) == (0, 0, 0, 40, 30)
+    assert picture.busiest_window([sample_of(empty(40, 30))], CombinedExudateLoss.paper()) == (0, 0, 0, 40, 30)
 
 
 @pytest.mark.parametrize("size", [(200, 180), (21, 300)])
@@ -56,7 +56,7 @@ def test_the_picture_is_a_png_that_shows_bands_and_errors(tmp_path, size, with_l
     lesion = empty(*size)
     lesion[4:20, 16:48] = with_lesion
     missed, wrong = torch.zeros(size), (~lesion).float()
-    criterion = CombinedExudateLoss(edge=PatchEdgeContrastLoss(inner_radius=5, outer_radius=4))
+    criterion = CombinedExudateLoss(0.02, 0.1, edge=PatchEdgeContrastLoss(inner_radius=5, outer_radius=4))
     predicted, f1 = {"one": [missed], "other": [wrong]}, {"one": 0.0, "other": 0.1}
     picture.write_picture(tmp_path / "drawn.png", [sample_of(lesion)], predicted, f1, criterion)
     with Image.open(tmp_path / "drawn.png") as image:
@@ -97,5 +97,5 @@ def test_a_picture_of_radii_by_density_is_refused(tmp_path):
             [sample],
             {"one": [torch.zeros(32, 32)], "other": [torch.zeros(32, 32)]},
             {"one": 0.0, "other": 0.0},
-            CombinedExudateLoss(edge=edge),
+            CombinedExudateLoss(0.02, 0.1, edge=edge),
         )

@@ -18,12 +18,12 @@ from scipy import stats
 from test_objective import Network
 from test_photographs import write_all
 from torch import nn
-from trials.differences import of_each_seed, over_photographs, over_seeds, paired
+from trials.differences import holm, of_each_seed, over_both, over_photographs, over_seeds, paired, pooled
 from trials.evaluation import best_thresholds, evaluation
 from trials.objective import Settings
 from trials.plots import COLOURS, write_differences
 from trials.questions import QUESTIONS, Question
-from trials.record import RESULTS, read_lines, runs_of
+from trials.record import runs_of
 from trials.similarity import band_similarity
 
 TINY = Settings(size=48, crop=32, batch=2, steps=3)
@@ -207,6 +207,7 @@ def test_differences_are_paired_by_seed():
     assert differences == [one - other for one, other in scores]
     found = over_seeds(differences)
     assert found.interval == pytest.approx((wanted.low, wanted.high))
+    assert found.p == pytest.approx(stats.ttest_rel(*zip(*scores, strict=True)).pvalue)
     assert of_each_seed(pairs, "f1", tested=False) == [one / 2 - other / 2 for one, other in scores]
     assert over_photographs(pairs, "f1").mean == pytest.approx(found.mean)
 
@@ -223,7 +224,7 @@ def test_the_bootstrap_draws_photographs_with_all_their_lesions():
 
 @pytest.mark.parametrize("differences", [[0.1], [0.1, 0.3]])
 def test_one_or_two_seeds_have_no_interval(differences):
-    assert over_seeds(differences) == (np.mean(differences), None)
+    assert over_seeds(differences) == (np.mean(differences), None, None)
 
 
 def test_the_bootstrap_is_as_wide_as_photographs_differ():
@@ -234,6 +235,150 @@ def test_the_bootstrap_is_as_wide_as_photographs_differ():
     assert even.interval == pytest.approx((even.mean, even.mean))
     assert uneven.interval[0] < 0 < uneven.interval[1]
     assert uneven.interval[0] < uneven.mean < uneven.interval[1]
+
+
+def of_table(table):
+    """Pairs, one a row, whose photographs differ in false positives inside the disc by the columns."""
+    pairs = []
+    for seed, row in enumerate(np.asarray(table).tolist()):
+        pairs.append((made_up("a", seed, [5] * len(row)), made_up("b", seed, [5] * len(row))))
+        for photograph, difference in zip(pairs[-1][0]["test"]["photographs"], row, strict=True):
+            photograph["disc_fp"] = difference
+    return pairs
+
+
+def test_seeds_and_photographs_as_random_are_seeds_alone_where_photographs_agree():
+    seeds = np.array([3, 8, 4, 9])
+    found = over_both(of_table(np.tile(seeds[:, None], 6)), "disc_fp")
+    assert (found.mean, *found.interval) == pytest.approx((seeds.mean(), *over_seeds(seeds).interval))
+    assert found.p == pytest.approx(stats.ttest_1samp(seeds, 0).pvalue)
+
+
+def test_seeds_and_photographs_as_random_are_photographs_alone_where_seeds_agree():
+    photographs = np.array([3, 8, -4, 9, 1])
+    found = over_both(of_table(np.tile(photographs, (3, 1))), "disc_fp")
+    wanted = stats.ttest_1samp(photographs, 0)
+    assert found.interval == pytest.approx(tuple(wanted.confidence_interval()))
+    assert found.p == pytest.approx(wanted.pvalue)
+
+
+def test_variances_of_seeds_and_of_photographs_add():
+    seeds, photographs = np.array([0, 3, 9]), np.array([0, 10, 40, 20])
+    found = over_both(of_table(seeds[:, None] + photographs), "disc_fp")
+    parts = np.var(seeds, ddof=1) / 3, np.var(photographs, ddof=1) / 4
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 3)  # Satterthwaite's, of independent variances
+    half = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    mean = seeds.mean() + photographs.mean()
+    assert found.interval == pytest.approx((mean - half, mean + half))
+
+
+@pytest.mark.parametrize(("of_seeds", "of_photographs"), [(50, 50), (0, 50), (50, 0), (0, 0)])
+def test_the_variances_are_those_of_differences_between_entries_and_none_is_negative(of_seeds, of_photographs):
+    random, (n, m) = np.random.default_rng(1), (4, 6)
+    table = np.round(random.normal(7, 20, (n, m)))
+    # Whichever effect is not asked for, is taken out of the table, so that its estimate is negative.
+    table += of_seeds * np.arange(n)[:, None] if of_seeds else -table.mean(1, keepdims=True)
+    table += of_photographs * np.arange(m) if of_photographs else -table.mean(0, keepdims=True)
+    table = np.round(1000 * table).astype(int)
+    halves = {(True, False): [], (False, True): [], (True, True): []}
+    for i, j in np.ndindex(n, m):
+        for other, place in np.ndindex(n, m):
+            if (i, j) != (other, place):
+                halves[i != other, j != place].append((table[i, j] - table[other, place]) ** 2 / 2)
+    rows, columns, both = (np.mean(halves[kind]) for kind in ((True, False), (False, True), (True, True)))
+    rest, seeds, photographs = rows + columns - both, max(0, both - columns), max(0, both - rows)
+    assert (seeds > 0, photographs > 0) == (of_seeds > 0, of_photographs > 0)
+    variance = seeds / n + photographs / m + rest / (n * m)
+    squares = [(seeds > 0, m * seeds + rest, n - 1), (photographs > 0, n * photographs + rest, m - 1)]
+    squares.append((1 - (seeds > 0) - (photographs > 0), rest, (n - 1) * (m - 1)))
+    freedom = variance**2 / sum((times * square / (n * m)) ** 2 / own for times, square, own in squares)
+    half = stats.t.ppf(0.975, freedom) * variance**0.5
+    found = over_both(of_table(table), "disc_fp")
+    assert found.interval == pytest.approx((table.mean() - half, table.mean() + half))
+
+
+def test_seeds_and_photographs_as_random_cover_the_truth_where_seeds_alone_do_not():
+    random = np.random.default_rng(0)
+    covered = np.zeros(2)
+    for _ in range(300):
+        seed, photograph, rest = (random.normal(0, s, shape) for s, shape in ((30, (5, 1)), (90, 10), (60, (5, 10))))
+        pairs = of_table(np.round(seed + photograph + rest).astype(int))
+        for k, found in enumerate((over_both(pairs, "disc_fp"), over_seeds(of_means(pairs)))):
+            covered[k] += found.interval[0] < 0 < found.interval[1]
+    assert 0.92 < covered[0] / 300 < 0.985
+    assert covered[1] / 300 < 0.85
+
+
+def of_means(pairs):
+    return [np.mean([p["disc_fp"] for p in one["test"]["photographs"]]) for one, _ in pairs]
+
+
+def test_a_metric_that_is_no_mean_of_photographs_has_an_interval_over_both():
+    hits = np.array([[6, 3, 8, 1], [7, 2, 9, 1], [5, 4, 8, 3]])
+    pairs = [(made_up("a", seed, row), made_up("b", seed, [4, 3, 5, 2])) for seed, row in enumerate(hits)]
+    for pair in pairs:
+        for run in pair:
+            for place, photograph in enumerate(run["test"]["photographs"]):
+                photograph |= {"small": 10 + place, "small_found": photograph["tp"]}
+    found = over_both(pairs, "small_recall")
+    assert found.mean == pytest.approx(np.mean(hits.sum(1) - 14) / 46)
+    # By hand: what each photograph adds, by leaving it out.
+    sizes, added = np.arange(10, 14), hits - np.array([4, 3, 5, 2])
+    parts = 4 * added.sum(1, keepdims=True) / 46 - 3 * (added.sum(1, keepdims=True) - added) / (46 - sizes)
+    scaled = np.round(1e6 * parts).astype(int)
+    assert np.subtract(*found.interval) == pytest.approx(
+        np.subtract(*over_both(of_table(scaled), "disc_fp").interval) / 1e6, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("table", [[[1, 2, 3]] * 2, [[1], [2], [3]]])
+def test_two_seeds_or_one_photograph_have_no_interval_over_both(table):
+    found = over_both(of_table(table), "disc_fp")
+    assert (found.mean, found.interval) == (pytest.approx(np.mean(table)), None)
+
+
+def test_an_adjusted_p_value_is_the_smallest_level_at_which_holm_rejects():
+    values = [0.01, 0.6, 0.012, 0.03, 0.03]
+
+    def rejected(level):
+        order = sorted(range(len(values)), key=values.__getitem__)
+        passed = [values[place] <= level / (len(values) - rank) for rank, place in enumerate(order)]
+        return {place for rank, place in enumerate(order) if all(passed[: rank + 1])}
+
+    for place, adjusted in enumerate(holm(values)):
+        assert place in rejected(adjusted * 1.0001)
+        assert place not in rejected(adjusted * 0.9999)
+    assert holm([0.7, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_the_pooled_deviation_weighs_comparisons_by_their_seeds():
+    assert pooled([[0, 2], [5, 5, 5]]) == pytest.approx(((2 / 3) ** 0.5, 3))
+    one = [0.1, 0.4, 0.2]
+    assert pooled([one]) == pytest.approx((np.std(one, ddof=1), 2))
+
+
+def test_families_of_a_question_are_adjusted_apart():
+    arms = {
+        "bce": TINY,
+        "tversky": dataclasses.replace(TINY, supervised="tversky"),
+        "edge": dataclasses.replace(TINY, beta=0.1),
+        "density": dataclasses.replace(TINY, alpha=0.1),
+    }
+    question = Question(arms, range(3), tested=True)
+    lines = [
+        made_up(name, seed, [3 + k + (seed * k) % 3, 4 + seed], settings)
+        for k, (name, settings) in enumerate(arms.items())
+        for seed in range(3)
+    ]
+    found = summary._arms(question, lines)
+    cells = {name: cell[-2] for name, (*_, cell) in rows(summary.answer("x", question, found)).items() if name in arms}
+    pairs = summary._pairs(question, found)
+    ps = {name: (over_seeds(of_each_seed(own, "f1")).p, over_both(own, "f1").p) for name, own in pairs.items()}
+    wanted = {"tversky": ps["tversky"]}
+    adjusted = [holm([ps[name][k] for name in ("edge", "density")]) for k in (0, 1)]
+    wanted |= {name: tuple(column[k] for column in adjusted) for k, name in enumerate(("edge", "density"))}
+    assert {name: cells[name] for name in wanted} == {n: f"{p:.3f} [{both:.3f}]" for n, (p, both) in wanted.items()}
 
 
 OTHER = {
@@ -477,47 +622,10 @@ def test_an_interval_is_drawn_from_three_seeds_on(tmp_path):
     assert 0 < 3 * blue[0] < blue[1]
 
 
-def test_the_page_shows_the_recorded_runs(capsys):
+def test_the_page_of_tables_shows_the_recorded_runs(capsys):
     assert summary.main([]) == 0
     root = Path(summary.__file__).parents[1]
-    assert capsys.readouterr().out.rstrip() in (root / "docs/results.md").read_text()
-    lines = read_lines(RESULTS)
-    found = {letter: summary._arms(QUESTIONS[letter], lines) for letter in "aekt"}
-
-    def mean(arm, metric):
-        return f"{np.mean([run['test'][metric] for run in found['k'][arm]]):.3f}"
-
-    def difference(letter, arm, metric):
-        pairs = summary._pairs(QUESTIONS[letter], found[letter])[arm]
-        differences = of_each_seed(pairs[2:] if letter == "e" else pairs, metric)  # e's first two had chosen the arm
-        middle, interval = over_seeds(differences)
-        return "{:+.3f} ({:+.3f} to {:+.3f}".format(middle, *interval), len(differences)
-
-    fixed, fixed_small = (difference("e", "edge / 50", metric) for metric in ("f1_tuned", "small_recall_tuned"))
-    readme = (root / "README.md").read_text()
-    for name, loss, weak in (
-        ("BCE", "bce", "edge, ramp"),
-        ("Dice + BCE", "dice + bce", "dice + bce + edge, ramp"),
-        ("Tversky", "tversky", "tversky + edge, ramp"),
-    ):
-        row, harder = [name], weak.replace("edge", "edge / 5")
-        for metric in ("f1_tuned", "small_recall_tuned"):
-            added, seeds = difference("k", weak, metric)
-            assert seeds == 10
-            row += [mean(loss, metric), f"{added})", "not tried"]
-            if harder in found["t"]:
-                added, seeds = difference("t", harder, metric)
-                assert seeds == 3
-                row[-1] = f"{added})"
-        assert f"| {' | '.join(row)} |" in readme
-    for shown in (
-        "Ten seeds, but for beta 0.02, of which there are three others",
-        f"average precision is {-float(difference('k', 'tversky', 'average_precision')[0].split()[0]):.3f} below BCE's",
-        f"on BCE by {fixed[0]}, {fixed[1]} other seeds) and that share by {fixed_small[0]})",
-        "`hecl()` changes F1 by {}, {} seeds)".format(*difference("a", "hecl", "f1")),
-        "the paper's weights by {}, {} seeds)".format(*difference("a", "both", "f1")),
-    ):
-        assert shown in readme
+    assert capsys.readouterr().out.rstrip() in (root / "docs/results-tables.md").read_text()
 
 
 class Knows(nn.Module):

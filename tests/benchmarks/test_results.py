@@ -1,0 +1,365 @@
+"""Every figure that README and the pages say of the study is that of its recorded runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import summary
+from scipy import integrate, stats
+from trials.differences import of_each_seed, over_both, over_seeds, paired, pooled
+from trials.questions import QUESTIONS
+from trials.record import RESULTS, read_lines, runs_of
+
+ROOT = Path(summary.__file__).parents[1]
+LINES = read_lines(RESULTS)
+ARMS = {letter: summary._arms(question, LINES) for letter, question in QUESTIONS.items()}
+RAMPS = {"bce": "edge, ramp", "dice + bce": "dice + bce + edge, ramp", "tversky": "tversky + edge, ramp"}
+HARDER = {loss: f"{loss} + edge / 5, ramp" for loss in ("dice + bce", "tversky")}
+NAMES = {"bce": "BCE", "dice + bce": "Dice + BCE", "tversky": "Tversky"}
+# The rows of the page's table: question, arm, its supervised loss, its edge term.
+ROWS = [
+    ("k", RAMPS["bce"], "bce", "0.002, rising"),
+    ("e", "edge / 50", "bce", "0.002, fixed"),
+    *(("k", RAMPS[loss], loss, "0.002, rising") for loss in HARDER),
+    *(("t", HARDER[loss], loss, "0.02, rising") for loss in HARDER),
+]
+FIGURE = re.compile(r"(?<!\d)\d\.\d{3,}")
+
+
+def pairs(letter, arm):
+    """Runs and what they are compared with; of e without the seeds that chose its arms."""
+    found = summary._pairs(QUESTIONS[letter], ARMS[letter])[arm]
+    return found[2:] if letter == "e" else found
+
+
+def mean(letter, arm, metric):
+    return np.mean(of_each_seed(pairs(letter, arm), metric))
+
+
+def seeds(letter, arm, metric, places=3):
+    middle, interval, _ = over_seeds(of_each_seed(pairs(letter, arm), metric))
+    return "{:+.{p}f} ({:+.{p}f} to {:+.{p}f})".format(middle, *interval, p=places)
+
+
+def both(letter, arm, metric):
+    interval = over_both(pairs(letter, arm), metric.removesuffix("_tuned"), tuned=metric.endswith("_tuned")).interval
+    return "{:+.3f} to {:+.3f}".format(*interval)
+
+
+def full(letter, arm, metric):
+    return f"{seeds(letter, arm, metric)} [{both(letter, arm, metric)}]"
+
+
+def total(runs, name):
+    """A count at the best threshold over all photographs of these runs."""
+    return sum(photograph[name] for run in runs for photograph in run["test"]["tuned"]["photographs"])
+
+
+def recall(runs):
+    return total(runs, "tp") / (total(runs, "tp") + total(runs, "fn"))
+
+
+def precision_of(letter, arm):
+    """Change in false positive pixels, in percent, and in the recall of pixels."""
+    ours, theirs = zip(*pairs(letter, arm), strict=True)
+    return f"{100 * (total(ours, 'fp') / total(theirs, 'fp') - 1):+.0f} %", f"{recall(ours) - recall(theirs):+.3f}"
+
+
+def baseline(letter, arm):
+    return f"{np.mean([other['test']['f1_tuned'] for _, other in pairs(letter, arm)]):.3f}"
+
+
+def adjusted(letter, arm):
+    """Holm's p over seeds [over seeds and photographs]."""
+    question = QUESTIONS[letter]
+    return summary._holm(question, summary._pairs(question, ARMS[letter]), "f1_tuned")[arm]
+
+
+def by_photograph(letter, arm):
+    """(pairs, photographs): differences in F1 at the best threshold."""
+    counted = [[run["test"]["tuned"]["photographs"] for run in pair] for pair in pairs(letter, arm)]
+    f1 = [[[2 * p["tp"] / (2 * p["tp"] + p["fp"] + p["fn"]) for p in run] for run in pair] for pair in counted]
+    return np.subtract(*np.moveaxis(np.array(f1), 1, 0))
+
+
+def small_found(letter, arm):
+    """Photographs in which more small lesions are found, and in which fewer."""
+    found = [
+        np.sum([[p["small_found"] for p in run["test"]["tuned"]["photographs"]] for run in runs], 0)
+        for runs in zip(*pairs(letter, arm), strict=True)
+    ]
+    return (found[0] > found[1]).sum(), (found[0] < found[1]).sum()
+
+
+def needed(letter, arm):
+    """Seeds for a power of 80 % to see a difference of 0.01, if seeds vary as they did."""
+    deviation = np.std(of_each_seed(pairs(letter, arm), "f1_tuned"), ddof=1)
+
+    def power(n):
+        limit, shift = stats.t.ppf(0.975, n - 1), 0.01 / deviation * n**0.5
+        return stats.nct.sf(limit, n - 1, shift) + stats.nct.cdf(-limit, n - 1, shift)
+
+    return next(n for n in range(2, 99) if power(n) >= 0.8)
+
+
+def on_fold(letter, arm):
+    return np.mean(of_each_seed(pairs(letter, arm), "f1_tuned", tested=False))
+
+
+def holds(page, shown):
+    missing = [words for words in shown if words not in page]
+    assert missing == []
+
+
+def test_the_table_of_the_page_is_that_of_the_runs():
+    page = (ROOT / "docs/results.md").read_text()
+    for letter, arm, loss, term in ROWS:
+        ours, other = zip(*pairs(letter, arm), strict=True)
+        assert {run["settings"]["supervised"] for run in (*ours, *other)} == {loss}
+        assert {run["settings"]["beta"] for run in ours} == {float(term.split(",")[0])}
+        f1 = [f"{np.mean([run['test']['f1_tuned'] for run in runs]):.3f}" for runs in (other, ours)]
+        cells = [NAMES[loss], f"{term} ({letter})", str(len(ours)), *f1, full(letter, arm, "f1_tuned")]
+        cells += [*precision_of(letter, arm), full(letter, arm, "small_recall_tuned")]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def of_the_page():
+    """What the page says in words, figures as the runs have them."""
+    last_four = [of_each_seed(pairs(q, a), "f1_tuned") for q, a, loss, _ in ROWS if loss != "bce"]
+    deviation, freedom = pooled(last_four)
+    half = stats.t.ppf(0.975, freedom) * deviation / 3**0.5
+    dice = mean("t", HARDER["dice + bce"], "f1_tuned")
+    weak = np.mean([of_each_seed(pairs("k", RAMPS[loss]), "f1_tuned") for loss in HARDER], 0)
+    averaged = over_seeds(weak.tolist())
+    single = np.std(of_each_seed(pairs("k", RAMPS["bce"]), "f1_tuned"), ddof=1)
+    short = {arm: of_each_seed(own, "f1_tuned", tested=False) for arm, own in all_short().items()}
+    short = {arm: found for arm, found in short.items() if found}
+    best = integrate.quad(lambda x: x * len(short) * stats.norm.pdf(x) * stats.norm.cdf(x) ** (len(short) - 1), -9, 9)
+    (density,) = {f"{mean('a', 'bce + density', 'f1_tuned'):+.3f}"}
+    with_density = "both, edge / 50, threshold 0.1, ramp"
+    peers = {loss: by_photograph("k", loss) for loss in HARDER}
+    spread = [[np.std(d.mean(axis), ddof=1) for d in peers.values()] for axis in (0, 1)]
+    fewer = {
+        loss: " %, ".join(
+            f"{100 * (total([ours], 'fp') / total([other], 'fp') - 1):+.0f}" for ours, other in pairs("t", arm)
+        )
+        for loss, arm in HARDER.items()
+    }
+    assert sum(d > 0 for arm in HARDER.values() for d in of_each_seed(pairs("t", arm), "f1_tuned")) == 6
+    return [
+        f"added {dice:.3f} of F1 to Dice + BCE and {mean('t', HARDER['tversky'], 'f1_tuned'):.3f} to Tversky",
+        "{} and {} fewer false positive pixels".format(
+            *(precision_of("t", arm)[0].removeprefix("-") for arm in HARDER.values())
+        ),
+        "pixel recall changed by {} and {}".format(*(precision_of("t", arm)[1] for arm in HARDER.values())),
+        f"last four rows ({deviation:.4f}, {freedom} degrees of freedom) the interval is "
+        f"{dice - half:+.3f} to {dice + half:+.3f}",
+        f"At probability 0.5 the gain is {full('t', HARDER['dice + bce'], 'f1')}",
+        "p is {} for Dice + BCE and {} for Tversky".format(*(adjusted("t", arm) for arm in HARDER.values())),
+        "{} % on Dice + BCE, {} % on Tversky".format(
+            *(", ".join(words.split(", ")[:-1]) + " and " + words.split(", ")[-1] for words in fewer.values())
+        ),
+        "(p {} and {})".format(*(adjusted("k", RAMPS[loss]) for loss in HARDER)),
+        "{:+.4f} ({:+.4f} to {:+.4f}) [{}], above zero in {} of {} seeds".format(
+            averaged.mean, *averaged.interval, over_both_losses(), (weak > 0).sum(), len(weak)
+        ),
+        f"Dice + BCE gains {full('k', 'dice + bce', 'f1_tuned')} over BCE, Tversky {full('k', 'tversky', 'f1_tuned')}",
+        "(standard deviation {:.3f} and {:.3f}) than seeds do ({:.3f} and {:.3f})".format(*spread[0], *spread[1]),
+        "p is {} and {}".format(*(adjusted("k", loss) for loss in HARDER)),
+        f"lowers average precision by {-mean('k', 'tversky', 'average_precision'):.3f}",
+        "more are found in {} (k) and {} (e) of 27 photographs, fewer in none".format(
+            *(small_found(q, a)[0] for q, a, *_ in ROWS[:2])
+        ),
+        "gradient was {:.2f} (Dice + BCE) and {:.2f} (Tversky)".format(*map(float, pulls().values())),
+        "450 steps gave {:+.3f} and {:+.3f}, 900 steps {:+.3f} and {:+.3f}".format(
+            *(on_fold("m", f"{arm}, short") for arm in HARDER.values()), *(on_fold("t", arm) for arm in HARDER.values())
+        ),
+        f"lead of the short runs, {max(map(np.mean, short.values())):+.3f} with affinity pairs, is one run, "
+        f"the best of {len(short)} arms",
+        f"expected at {best[0] * single:.3f}",
+        "{} of the {} test runs on Dice + BCE and Tversky chose the first or last of 19".format(*at_an_end()),
+        f"{density} alone at the paper's weight ({len(of_each_seed(pairs('a', 'bce + density'), 'f1_tuned'))}".replace(
+            "(4", "(four"
+        ),
+        f"{mean('k', with_density, 'f1_tuned'):+.3f} with threshold 0.1",
+        f"average precision lower by {-mean('k', with_density, 'average_precision'):.3f}",
+        f"both terms together change F1 by {full('a', 'both', 'f1')} (five seeds)",
+        f"`hecl()` shows no effect: {full('a', 'hecl', 'f1')}",
+        "patches of 8 to 64 pixels are within 0.004",
+        "{:+.3f}, {:+.3f} and {:+.3f} (three seeds each)".format(
+            *(mean("h", f"edge, ramp, {lesion}", "f1_tuned") for lesion in ("HE", "SE", "MA"))
+        ),
+        f"{mean('g', 'edge, ramp, 356', 'f1_tuned'):+.3f} at short side 356, "
+        f"{mean('n', 'edge, ramp, 2848, patch and bands in share', 'f1_tuned'):+.3f} at the native",
+        f"FPN {mean('f', 'edge, ramp, fpn', 'f1_tuned'):+.3f}, "
+        f"DeepLabV3+ {mean('f', 'edge, ramp, deeplabv3plus', 'f1_tuned'):+.3f}",
+    ]
+
+
+def pulls():
+    """Of the edge term at beta 0.02 beside the supervised loss's, ratio of the means."""
+    return {loss: summary._pull(ARMS["t"][arm], "features", "edge").split("; ")[1] for loss, arm in HARDER.items()}
+
+
+def all_short():
+    """Question d's arms with what they are compared with."""
+    return summary._pairs(QUESTIONS["d"], ARMS["d"])
+
+
+def over_both_losses():
+    """The two-way interval of the ramp's mean effect on both losses, from the photographs' own differences."""
+    from trials.differences import _student, _two_way
+
+    table = np.mean([by_photograph("k", RAMPS[loss]) for loss in HARDER], 0)
+    return "{:+.4f} to {:+.4f}".format(*_student(float(table.mean()), *_two_way(table)).interval)
+
+
+def at_an_end():
+    """Runs with a look at the test photographs that chose the first or last of the thresholds, and all of these."""
+    runs = [run for run in LINES if run["tested"] and run["settings"]["supervised"] in HARDER]
+    runs = [run for run in runs if np.size(run["curve"][-1]["f1_by_threshold"]) == 19]
+    best = [np.argmax(run["curve"][-1]["f1_by_threshold"]) for run in runs]
+    return sum(place in (0, 18) for place in best), len(runs)
+
+
+# Said to be trials without a line.
+TRIALS = "(F1 -0.009 and +0.015)", "two seeds gave +0.007 and -0.002"
+
+
+def test_the_page_says_what_the_runs_say_and_no_other_figure():
+    page = (ROOT / "docs/results.md").read_text()
+    shown = of_the_page()
+    holds(page, shown)
+    assert [small_found(q, a)[1] for q, a, *_ in ROWS[:2]] == [0, 0]
+    sizes = [f"edge, patch size {p}, short" for p in (8, 32, 64)] + ["edge / 50, short"]
+    leads = [np.mean(of_each_seed(all_short()[arm], "f1_tuned", tested=False)) for arm in sizes]
+    assert max(leads) - min(leads) <= 0.0045
+    words = "\n".join(line for line in page.splitlines() if not line.startswith("| "))
+    for known in (*shown, *TRIALS):
+        words = words.replace(known, "")
+    assert set(FIGURE.findall(words)) == {"0.002"}  # the weight of the edge term
+
+
+def test_readme_says_what_the_runs_say_and_no_other_figure():
+    readme = (ROOT / "README.md").read_text()
+    shown = []
+    for letter, arm, loss, term in (ROWS[0], *ROWS[-2:]):
+        row = [NAMES[loss], term.split(",")[0], str(len(pairs(letter, arm))), baseline(letter, arm)]
+        row += [f"{mean(letter, arm, 'f1_tuned'):+.3f} ({both(letter, arm, 'f1_tuned')})", *precision_of(letter, arm)]
+        shown.append(f"| {' | '.join(row)} |")
+    fewer = (precision_of("t", arm)[0].removeprefix("-") for arm in HARDER.values())
+    shown.append("{} and {} fewer false positive pixels".format(*fewer))
+    holds(readme, shown)
+    for known in shown:
+        readme = readme.replace(known, "")
+    assert FIGURE.findall(readme) == []
+    for arm in ("both", "bce + edge"):
+        assert max(of_each_seed(pairs("a", arm), "f1")) < 0
+
+
+def disc(run):
+    """Pixels of the optic disc that are marked, per photograph, at 0.5."""
+    return run["test"]["disc_fp"]
+
+
+def test_the_notes_on_single_questions_say_what_the_runs_say():
+    page = (ROOT / "docs/results-tables.md").read_text()
+    notes = page[page.index("## Notes") : page.index("## Tables")]
+    edge = [pair for pair in pairs("a", "bce + edge") if all("f1_tuned" in run["test"] for run in pair)]
+    first = {arm: pairs("a", arm) for arm in ("hecl", "bce + density")}
+    lead = {arm: of_each_seed([max(own, key=_lead)], "f1") + of_each_seed([max(own, key=_lead)], "f1_tuned")
+            for arm, own in first.items()}  # fmt: skip
+    b = {arm: runs[0] for arm, runs in ARMS["b"].items()}
+    marked = [p["disc_fp"] for p in b["bce, disc ignored"]["test"]["photographs"]]
+    across = {arm: summary._cosine(ARMS["k"][arm], 1) for arm in ("dice + bce", "tversky", "bce", "edge, ramp")}
+    on_both = [one["test"]["f1"] - other["test"]["f1"] for one, other in paired(ARMS["e"]["bce"], ARMS["a"]["bce"])]
+    fold = {
+        arm: -np.mean(of_each_seed(summary._pairs(QUESTIONS["s"], ARMS["s"])[arm], "f1", tested=False))
+        for arm in ("bce + edge", "bce + edge, short")
+    }
+    all_four = of_each_seed(pairs("h", "edge, ramp, MA+HE+EX+SE"), "small_recall_tuned")
+    ours, other = pairs("n", "edge, ramp, 2848, patch and bands in share")[0]
+    small = [total([run], "small_found") for run in (other, ours)]
+    (nothing,) = of_each_seed(all_short()["bce + density / 1000, short"], "f1_tuned", tested=False)
+    hecl = [disc(run) for run in ARMS["a"]["hecl"]]
+    dice = sorted(disc(run) for run in ARMS["k"]["dice + bce"])
+    alone = sorted(disc(run) for run in ARMS["t"]["dice + bce"])
+    shown = [
+        f"In the {_words(len(edge))} seeds counted at both thresholds the loss is "
+        f"{np.mean(of_each_seed(edge, 'f1')):+.3f} at 0.5 and {np.mean(of_each_seed(edge, 'f1_tuned')):+.3f}",
+        "goes from {:+.3f} to {:+.3f}, density from {:+.3f} to {:+.3f}".format(*lead["hecl"], *lead["bce + density"]),
+        f"{hecl[0]:.0f} pixels of disc a photograph in seed 0, and at most {max(hecl[1:]):.1f}",
+        f"marks {disc(b['both']):.0f} pixels of disc a photograph, "
+        f"and {disc(b['both, disc ignored by the terms']):.0f} where the terms",
+        f"BCE marks {np.mean(marked):,.0f} pixels a photograph, {max(marked):,} at most",
+        f"F1 falls by {-mean('b', 'bce, disc ignored', 'f1_tuned'):.3f}",
+        "ends at {} with Dice + BCE and {} with Tversky, at {} with BCE and {} with".format(*across.values()),
+        f"marks {dice[-2]:.0f} and {dice[-1]:.0f} pixels of disc a photograph in two of ten seeds",
+        f"differs by {min(on_both):+.3f} to {max(on_both):+.3f}",
+        f"loses {fold['bce + edge']:.3f} at 900 steps and {fold['bce + edge, short']:.3f} at 450",
+        f"comes out at {nothing:+.3f}",
+        f"marks {alone[-1]:.0f} pixels of disc a photograph in one of three seeds",
+        f"pulls {summary._pull(ARMS['h']['edge, ramp, MA'], 'features', 'edge').split('; ')[1]} times as hard as BCE",
+        "({:+.3f} and {:+.3f})".format(*all_four),
+        f"marks {disc(ours):.0f} pixels of disc a photograph at 0.5, BCE {disc(other):.0f}",
+        f"Of the {sum(p['small'] for p in ours['test']['photographs'])} lesions under 25 pixels BCE finds {small[0]}",
+    ]
+    holds(notes, shown)
+    assert small[1] == 0
+    assert max(dice[:-2]) < 1
+    assert max(of_each_seed(pairs("a", "bce + edge"), "f1")) < 0
+    assert max(alone[:-1], default=0) < 1
+    assert max(disc(run) for arm, runs in ARMS["t"].items() if arm != "dice + bce" for run in runs) < 1
+    for known in shown:
+        notes = notes.replace(known, "")
+    assert FIGURE.findall(notes) == []
+
+
+def _lead(pair):
+    return pair[0]["test"]["f1"] - pair[1]["test"]["f1"] if "f1_tuned" in pair[0]["test"] else -1
+
+
+def _words(number):
+    return {3: "three"}[number]
+
+
+def test_the_advice_says_what_the_runs_say():
+    page = (ROOT / "docs/setting.md").read_text()
+    peers, ramps = HARDER.keys(), [RAMPS[loss] for loss in HARDER]
+    counts = [
+        [needed("k", arm) for arm in ramps] + [needed("t", arm) for arm in HARDER.values()],
+        [needed("k", RAMPS["bce"]), needed("e", "edge / 50")],
+        [needed("k", loss) for loss in peers],
+    ]
+    worth = [
+        np.mean([run["test"]["f1_tuned"] - run["test"]["f1"] for run in ARMS[letter][arm]])
+        for letter, arm in (("e", "bce"), ("k", "bce"), ("k", "dice + bce"))
+    ]
+    holds(
+        page,
+        [
+            "{} to {} seeds for the edge term on Dice + BCE or Tversky, {} to {} on BCE, {} to {} between".format(
+                *(end for own in counts for end in (min(own), max(own)))
+            ),
+            *(f"{NAMES[loss]} {full('k', loss, 'f1_tuned')}" for loss in peers),
+            "average precision {:+.3f} and {:+.3f}".format(*(mean("k", loss, "average_precision") for loss in peers)),
+            "{:+.3f} and {:+.3f} (three)".format(*(mean("c", a, "f1_tuned") for a in ("focal", "hausdorff + bce"))),
+            f"worth {worth[0]:.3f} and {worth[1]:.3f} to BCE alone",
+            f"it cost Dice + BCE {-worth[2]:.3f}",
+            *(f"{NAMES[loss]} {full('t', arm, 'f1_tuned')}" for loss, arm in HARDER.items()),
+            "{:+.3f} and {:+.3f} (ten seeds)".format(*(mean("k", arm, "f1_tuned") for arm in ramps)),
+            f"F1 {full('k', RAMPS['bce'], 'f1_tuned')}",
+            f"small-lesion recall {full('k', RAMPS['bce'], 'small_recall_tuned')}",
+            f"The paper's weights: {mean('a', 'both', 'f1_tuned'):+.3f} (three)",
+            "it pulled {} and {} times as hard".format(*(f"{float(pull):.2f}" for pull in pulls().values())),
+        ],
+    )
+
+
+@pytest.mark.parametrize("letter", ["e", "k", "t"])
+def test_the_pages_compare_runs_of_one_device(letter):
+    question = QUESTIONS[letter]
+    for arm in question.arms:
+        runs = runs_of(arm, question, LINES)
+        assert {run.get("device", "cpu") for run in runs} == {question.device}

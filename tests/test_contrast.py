@@ -21,7 +21,7 @@ from contrastive_exudate_loss import contrast as module
 from contrastive_exudate_loss import contrast_pairs, contrast_rows
 from contrastive_exudate_loss.contrast import contrast_loss, directions, first_of_each_label
 
-OPERATOR = module._loss_and_gradient  # before any test puts another in its place
+CHOOSING = module._loss_and_gradient  # before any test puts another in its place
 
 
 def by_rows(z, *arguments, fill=contrast_rows.filled_by_mask):
@@ -29,8 +29,8 @@ def by_rows(z, *arguments, fill=contrast_rows.filled_by_mask):
 
 
 def in_parts(z, label_1, label_0, *arguments):
-    """The operator as processes call it that share out the anchors."""
-    results = [OPERATOR(z, label_1, label_1 | label_0, *arguments, part, 3) for part in range(3)]
+    """As processes contrast that share out the anchors."""
+    results = [CHOOSING(z, label_1, label_1 | label_0, *arguments, part, 3) for part in range(3)]
     return tuple(sum(tensors) for tensors in zip(*results, strict=True))
 
 
@@ -255,9 +255,7 @@ def test_custom_operator_keeps_the_rules_of_torch_library(contrast):
     labels, present = torch.arange(9) < 4, torch.arange(9) < 8
     for with_gradient in (True, False):
         for strided in (z, z.T.contiguous().T):
-            torch.library.opcheck(
-                module._loss_and_gradient, (strided, labels, present, 0.05, contrast, with_gradient, 0, 1)
-            )
+            torch.library.opcheck(module._operator, (strided, labels, present, 0.05, contrast, with_gradient, 0, 1))
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)

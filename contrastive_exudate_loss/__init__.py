@@ -1,6 +1,7 @@
 """Contrastive losses that help a segmentation model learn small, blurry lesions (arXiv 2302.11517)."""
 
 from contrastive_exudate_loss.features import FeatureTap
+from contrastive_exudate_loss.labels import lesion_masks
 from contrastive_exudate_loss.losses import (
     CombinedExudateLoss,
     LossTerms,
@@ -19,4 +20,5 @@ __all__ = [
     "PatchEdgeContrastLoss",
     "Pull",
     "__version__",
+    "lesion_masks",
 ]

@@ -1,6 +1,8 @@
 """What to say when an option or a tensor is not what a loss needs."""
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +12,33 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:
-    """Raise unless value is an int, not a bool, and >= minimum."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Raise unless value is an integer, not a bool, and >= minimum."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int >= {minimum}, got {_shown(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be an int >= {minimum}, got {value}")
 
 
 def check_number(name: str, value: object, minimum: float, below: float = LARGEST) -> None:
-    """Raise unless value is an int or float with minimum <= value < below."""
+    """Raise unless value is a real number, not a bool, with minimum <= value < below."""
     expected = f"a number >= {minimum} and " + ("finite in float32" if below == LARGEST else f"< {below}")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be {expected}, got {_shown(value)}")
-    if not minimum <= value < below:
+    if not minimum <= value < below:  # type: ignore[operator]  # numbers.Real has no types for it
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def plain_option(value: Any) -> Any:
+    """An option as a plain Python value, where a configuration file or NumPy gave one of its own."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Sequence):
+        return tuple(map(plain_option, value))
+    return value
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -42,11 +57,11 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_radius(name: str, value: object, *, pairs: bool) -> None:
-    """Raise unless value is an int >= 1 or, where pairs make sense, a pair of such."""
-    if isinstance(value, int):
+    """Raise unless value is an integer >= 1 or, where pairs make sense, a sequence of two such."""
+    if isinstance(value, numbers.Integral):
         check_integer(name, value, 1)
         return
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name} must be an int >= 1 or a pair of ints, got {_shown(value)}")
     if len(value) != 2:
         raise ValueError(f"{name} must be an int >= 1 or a pair (in sparse patches, in dense patches), got {value!r}")
@@ -56,11 +71,24 @@ def check_radius(name: str, value: object, *, pairs: bool) -> None:
         check_integer(name, radius, 1)
 
 
-def check_part(name: str, part: object, kind: type[nn.Module], ignore_index: int | None) -> None:
-    """Raise unless part is a kind whose ignore_index does not contradict this one."""
+def check_classes(value: object, ignore_index: int | None) -> None:
+    """Raise unless value is a sequence of distinct integers >= 0 without ignore_index."""
+    expected = "classes must be a sequence of distinct integers >= 0, such as range(1, 5)"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{expected}, got {_shown(value)}")
+    if not all(isinstance(number, numbers.Integral) and not isinstance(number, bool) for number in value):
+        raise TypeError(f"{expected}, got {value!r}; for regions of several classes give masks as the target instead")
+    if not value or min(value) < 0 or len(set(value)) < len(value):
+        raise ValueError(f"{expected}, got {value!r}")
+    if ignore_index in value:
+        raise ValueError(f"classes must not hold ignore_index = {ignore_index}, got {value!r}")
+
+
+def check_part(name: str, part: object, kind: type[nn.Module], ignore_index: int | None, *, always: bool) -> None:
+    """Raise unless part is a kind whose ignore_index does not contradict this one, which None does if always."""
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be None or a {kind.__name__}, got {type(part).__name__}")
-    if ignore_index is not None and part.ignore_index != ignore_index:
+    if (always or ignore_index is not None) and part.ignore_index != ignore_index:
         raise ValueError(
             f"{name} must have ignore_index={ignore_index} like the criterion, got {part.ignore_index}; give both "
             "the same"
@@ -71,14 +99,14 @@ def check_ignore_index(value: object) -> None:
     """Raise unless value is None or an int that is neither 0 nor 1."""
     if value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"ignore_index must be None or an int, got {_shown(value)}")
     if value in (0, 1):
         raise ValueError(
             f"ignore_index must be neither 0 (background) nor 1 (lesion), got {value}; mark ignored pixels with "
             "another value, such as -1"
         )
-    if not holds(torch.int64, value):
+    if not holds(torch.int64, int(value)):
         raise ValueError(f"ignore_index must fit int64, got {value}")
 
 
@@ -89,8 +117,45 @@ def check_target(target: Tensor) -> None:
         raise TypeError(f"target must be bool, integer or floating, got {target.dtype}")
 
 
+def check_index(index: Tensor, name: str = "index") -> None:
+    """Raise unless index is a (B, H, W) or (B, 1, H, W) integer tensor without an empty axis."""
+    _check_tensor(name, index, "(B, H, W) or (B, 1, H, W)")
+    shape = tuple(index.shape)
+    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 1):
+        remedy = "give the class of each pixel, or leave classes out where the target is a mask for each lesion"
+        if len(shape) == 4 and shape[3] == 1:
+            remedy = f"the last axis is too much: {name}.squeeze(3)"
+        elif len(shape) == 2:
+            remedy = f"add the batch axis with {name}[None]"
+        elif len(shape) == 5:
+            remedy = "images are 2-D: give slices of volumes as a batch"
+        raise ValueError(
+            f"{name} must be an index mask, (B, H, W) or (B, 1, H, W), with classes, got {shape}; {remedy}"
+        )
+    if index.numel() == 0:
+        raise ValueError(f"{name} must be (B, H, W) with no axis of length 0, got {shape}")
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        remedy = "leave classes out" if index.dtype == torch.bool else f"give {name}.long() if it holds whole numbers"
+        raise TypeError(f"{name} must be an integer index mask with classes, got {index.dtype}; {remedy}")
+
+
+def check_index_values(index: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raise unless every value of an index mask, int64, is below classes or ignore_index; waits for the device."""
+    allowed = (index >= 0) & (index < classes)
+    if ignore_index is not None:
+        allowed |= index == ignore_index
+    if not bool(allowed.all()):
+        wrong = ", ".join(map(str, index[~allowed].unique()[:5].tolist()))
+        ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+        raise ValueError(
+            f"target must hold classes from 0 to {classes - 1}, as many as logits has channels{ignored}, got {wrong}; "
+            "give the network as many channels as there are classes, the background included, and ignore_index if a "
+            "value marks pixels to leave out"
+        )
+
+
 def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Raise unless logits is floating and of the shape and device of the (checked) target."""
+    """Raise unless logits is floating and of the shape and device of the (checked) target, a mask."""
     _check_images("logits", logits, "(B, K, H, W)", _other_axes("logits", logits))
     _check_floating("logits", logits)
     _check_device("logits", logits, target)
@@ -98,6 +163,19 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"logits must be (B, K, H, W) = {tuple(target.shape)} like target, got {tuple(logits.shape)}"
             + _remedy(logits, target)
+        )
+
+
+def check_class_logits(logits: Tensor, index: Tensor) -> None:
+    """Raise unless logits is floating, (B, any number, H, W), of the size and device of the (checked) index mask."""
+    _check_images("logits", logits, "(B, C, H, W)", _other_axes("logits", logits))
+    _check_floating("logits", logits)
+    _check_device("logits", logits, index)
+    wanted = index.shape[0], *index.shape[-2:]
+    if (logits.shape[0], *logits.shape[2:]) != wanted:
+        raise ValueError(
+            f"logits must be (B, C, H, W) with B, H, W = {wanted} like target, got {tuple(logits.shape)}"
+            + _other_size(logits, index)
         )
 
 
@@ -126,13 +204,11 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
         allowed |= target == ignore_index
     if bool(allowed.all()):
         return
-    wrong = target.double()[~allowed].unique()[:5].tolist()
+    wrong = target.double()[~allowed].unique()
     ignored = "" if ignore_index is None else f" and ignore_index = {ignore_index}"
-    raise ValueError(
-        f"target must hold only 0 and 1{ignored}, got {', '.join(dict.fromkeys(f'{value:g}' for value in wrong))}"
-        f" (dtype {target.dtype}); turn a 0/255 mask into target > 127 (ignore_index=255 would ignore every lesion), "
-        "resize masks with mode='nearest', and give ignore_index if a value marks pixels to leave out"
-    )
+    shown = ", ".join(dict.fromkeys(f"{value:g}" for value in wrong[:5].tolist()))
+    remedy = _value_remedy(wrong, ignore_index)
+    raise ValueError(f"target must hold only 0 and 1{ignored}, got {shown} (dtype {target.dtype}); {remedy}")
 
 
 def may_read(target: Tensor) -> bool:
@@ -157,11 +233,18 @@ def holds(dtype: torch.dtype, value: int) -> bool:
     return abs(value) <= torch.finfo(dtype).max and odd <= 2 / torch.finfo(dtype).eps
 
 
-def _check_images(name: str, value: object, axes: str, remedy: str) -> None:
+def _check_tensor(name: str, value: object, axes: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {axes} torch.Tensor, got {type(value).__name__}")
+        remedy = ""
+        if hasattr(value, "__array__") or isinstance(value, (list, tuple)):
+            remedy = "; make it one with torch.as_tensor"
+        raise TypeError(f"{name} must be a {axes} torch.Tensor, got {type(value).__name__}{remedy}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense {axes} tensor, got layout {value.layout}; call {name}.to_dense()")
+
+
+def _check_images(name: str, value: Any, axes: str, remedy: str) -> None:
+    _check_tensor(name, value, axes)
     if value.dim() != 4:
         raise ValueError(f"{name} must be {axes}, got {tuple(value.shape)}; {remedy}")
     if value.numel() == 0:
@@ -174,9 +257,34 @@ def _other_axes(name: str, value: object) -> str:
     if axes == 2:
         return f"add the batch and the class axis with {name}[None, None]"
     if axes == 3:
-        several = "; an index mask becomes a channel for each lesion by torch.nn.functional.one_hot"
+        several = (
+            "; if it holds the class of each pixel, give the criterion classes=range(1, number of classes) instead"
+        )
         return f"add the class axis with {name}.unsqueeze(1)" + (several if name == "target" else "")
-    return "give images, of volumes their slices"
+    if axes == 5:
+        return (
+            "images are 2-D: give slices of volumes as a batch; levels of deep supervision that are stacked on axis 1 "
+            f"become a list by {name}.unbind(1)"
+        )
+    return "give a batch of 2-D images"
+
+
+def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
+    """What to do with a target of other values than 0 and 1; wrong holds these, each once, in rising order."""
+    if wrong.numel() == 1 and float(wrong[0]) == 255:
+        return (
+            "turn a 0/255 mask into target > 127; give ignore_index=255 only if 255 marks pixels to leave out, since it "
+            "would ignore every lesion marked so"
+        )
+    whole = bool((wrong == wrong.round()).all())
+    if whole and float(wrong[0]) >= 2 and (len(wrong) > 1 or ignore_index is None) and float(wrong[-1]) < 250:
+        return (
+            f"if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, {int(wrong[-1]) + 1}) and "
+            "the index mask as (B, H, W); if the value marks pixels to leave out, give it as ignore_index"
+        )
+    if not whole and float(wrong[0]) > 0 and float(wrong[-1]) < 1:
+        return "a mask that was resized or smoothed must be made hard again, for example by target > 0.5"
+    return "say which values are lesion, as by target == value, and give ignore_index if one marks pixels to leave out"
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -195,11 +303,25 @@ def _check_device(name: str, tensor: Tensor, target: Tensor) -> None:
 
 
 def _remedy(logits: Tensor, target: Tensor) -> str:
+    if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
+        if target.shape[3] == 1 and target.shape[1:3] == logits.shape[2:]:
+            return "; the target's class axis comes second: target.movedim(3, 1)"
+        return _other_size(logits, target)
+    if target.shape[1] == 1 and not target.is_floating_point():
+        return (
+            f"; if target holds the class of each pixel, give the criterion classes=range(1, {logits.shape[1]}), "
+            "without the background"
+        )
+    return "; give one target channel of 0 and 1 per lesion class, none for the background, and as many logits"
+
+
+def _other_size(logits: Tensor, target: Tensor) -> str:
     if logits.shape[0] != target.shape[0]:
         return "; logits and target must come from the same batch"
-    if logits.shape[1] != target.shape[1]:
-        return "; give one target channel of 0 and 1 per lesion class, none for the background"
-    return "; resize logits with torch.nn.functional.interpolate(logits, size=target.shape[-2:])"
+    return (
+        "; resize logits with torch.nn.functional.interpolate(logits, size=target.shape[-2:]); for deep supervision "
+        "give the criterion the list of logits, and the wrapper that weighs the levels as supervised="
+    )
 
 
 def _shown(value: object) -> str:

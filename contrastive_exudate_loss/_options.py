@@ -23,7 +23,7 @@ class MaskLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, _checks.plain_option(value))
         # The weights check themselves; marked here, compiled code would be compiled anew when one changes.
         if not name.startswith("_") and name not in ("training", "alpha", "beta"):
             self._options_checked = False

@@ -34,6 +34,27 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | Non
     return total / valid.sum().clamp(min=1)
 
 
+def cross_entropy(logits: Tensor, index: Tensor, ignore_index: int | None) -> Tensor:
+    """Mean over the valid pixels of the cross-entropy over classes, 0 where there are none.
+
+    Args:
+        logits: (B, C, H, W), floating.
+        index: (B, H, W), int64: the class of each pixel, or ignore_index.
+        ignore_index: value of pixels that count for nothing; None for none.
+
+    Returns:
+        (), float32 or float64.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if ignore_index is None:
+        return -logits.log_softmax(1).gather(1, index.unsqueeze(1)).mean()
+    valid = index != ignore_index
+    # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
+    logits = logits.masked_fill(~valid.unsqueeze(1), 0)
+    total = F.cross_entropy(logits, index, ignore_index=ignore_index, reduction="sum")
+    return total / valid.sum().clamp(min=1)
+
+
 def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Callable[[bool], None]) -> Tensor:
     """The logits, whose backward pass reports whether a loss on them has a gradient at ignored pixels.
 

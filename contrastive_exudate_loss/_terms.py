@@ -11,7 +11,7 @@ from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss.contrast import CONTRASTS, contrast_loss, first_of_each_label
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.masks import Regions, side_by_side
+from contrastive_exudate_loss.masks import Regions, lesion_and_valid, side_by_side
 from contrastive_exudate_loss.patches import patch_sides
 from contrastive_exudate_loss.pooling import masked_sums
 
@@ -104,6 +104,8 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
         features: of each term, (B, C, h, w), floating.
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
+    if target.shape[1] > 1 and target.is_cpu and _checks.may_read(target):
+        target = _shown_classes(target, terms)
     sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
     # Of each term the first whose pooling it can share.
     first = [
@@ -136,10 +138,10 @@ def full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:
-    """Mean of the classes' contrasts: draw at random, gather from all processes, select the best, contrast."""
+    """Mean over the classes that have a contrast: draw at random, gather from all processes, select, contrast."""
     gathers = term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
     most = term._selects()
-    losses = []
+    losses, contrasted = [], []
     for found in classes:
         if term.max_patches is not None:
             drawn = torch.randperm(len(found.vectors), device=found.vectors.device)
@@ -161,7 +163,32 @@ def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tenso
             parts=parts,
         )
         losses.append(sum_of_ranks(loss) if shares else loss)
-    return torch.stack(losses).mean()
+        contrasted.append(_has_contrast(labels, present))
+    if len(losses) == 1:
+        return losses[0]
+    # A class without a contrast has a loss of 0.
+    return torch.stack(losses).sum() / torch.stack(contrasted).sum().clamp(min=1)
+
+
+def _has_contrast(labels: Tensor, present: Tensor) -> Tensor:
+    """Whether there is a pair of one label and another embedding of the other, (), bool."""
+    ones, zeros = (labels & present).sum(), (~labels & present).sum()
+    return (torch.minimum(ones, zeros) > 0) & (torch.maximum(ones, zeros) > 1)
+
+
+def _shown_classes(target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor:
+    """The classes with a lesion pixel, one at least: the others have no contrast, and cost as much as these."""
+    if any(term.gather_distributed for term in terms):  # on another process a class may be shown
+        return target
+    shown = torch.stack(
+        [
+            lesion_and_valid(target, ignore_index)[0].flatten(2).any(2).any(0)
+            for ignore_index in dict.fromkeys(term.ignore_index for term in terms)
+        ]
+    ).any(0)
+    if not bool(shown.any()):
+        return target[:, :1]
+    return target if bool(shown.all()) else target[:, shown]
 
 
 def _first(found: Candidates, order: Tensor, most: int) -> Candidates:

@@ -87,7 +87,8 @@ class FeatureTap:
         if self._features is None and self._taken:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
-                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once"
+                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; for "
+                "deep supervision give the criterion the list of logits, and the wrapper that weighs them as supervised="
             )
         if self._features is None:
             raise RuntimeError(
@@ -117,6 +118,8 @@ class FeatureTap:
         """Let the features go, if there are any: a criterion had no use for them."""
         self._taken = self._taken or self._features is not None
         self._features = self._made = None
+        if not self.measures:  # or a criterion is going to ask for it
+            self._given = None
 
     def close(self) -> None:
         """Remove the hooks and drop the features: the model is as it was."""

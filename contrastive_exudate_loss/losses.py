@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from contrastive_exudate_loss import _checks, pull
 from contrastive_exudate_loss._options import MaskLoss
-from contrastive_exudate_loss._supervised import binary_cross_entropy, watched
+from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap, layer_input, taken_features
+from contrastive_exudate_loss.labels import flat_index, masks_of
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pooling import embeddings
@@ -295,6 +296,7 @@ class CombinedExudateLoss(MaskLoss):
     _learning_seen = _told_to_wait = False
     _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
     _pull_calls, _pull_known, _pull_pending = 0, False, False
+    classes: tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -304,6 +306,7 @@ class CombinedExudateLoss(MaskLoss):
         supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
         density: PatchDensityContrastLoss | None = None,
         edge: PatchEdgeContrastLoss | None = None,
+        classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
     ) -> None:
@@ -313,6 +316,7 @@ class CombinedExudateLoss(MaskLoss):
         self.alpha = alpha
         self.beta = beta
         self.supervised = supervised
+        self.classes = _checks.plain_option(classes)
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
         self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
         self.tap = features
@@ -321,6 +325,8 @@ class CombinedExudateLoss(MaskLoss):
     def _check_options(self) -> None:
         super()._check_options()
         supervised, tap = self.supervised, self.tap
+        if self.classes is not None:
+            _checks.check_classes(self.classes, self.ignore_index)
         if supervised is not None and (isinstance(supervised, type) or not callable(supervised)):
             raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
         if tap is not None and not isinstance(tap, FeatureTap):
@@ -334,6 +340,7 @@ class CombinedExudateLoss(MaskLoss):
         cls,
         *,
         supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
     ) -> "Self":
@@ -343,6 +350,7 @@ class CombinedExudateLoss(MaskLoss):
 
         Args:
             supervised: as in the constructor.
+            classes: as in the constructor.
             ignore_index: as in the constructor.
             features: as in the constructor.
 
@@ -360,13 +368,14 @@ class CombinedExudateLoss(MaskLoss):
         Reference:
             Tang et al. 2023, arXiv 2302.11517v1.
         """
-        return cls(0.02, 0.1, supervised=supervised, ignore_index=ignore_index, features=features)
+        return cls(0.02, 0.1, supervised=supervised, classes=classes, ignore_index=ignore_index, features=features)
 
     @classmethod
     def hecl(
         cls,
         *,
         supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
     ) -> "Self":
@@ -378,6 +387,7 @@ class CombinedExudateLoss(MaskLoss):
 
         Args:
             supervised: as in the constructor.
+            classes: as in the constructor.
             ignore_index: as in the constructor.
             features: as in the constructor.
 
@@ -407,7 +417,14 @@ class CombinedExudateLoss(MaskLoss):
             ignore_index=ignore_index,
         )
         return cls(
-            0.01, 0.01, supervised=supervised, density=density, edge=edge, ignore_index=ignore_index, features=features
+            0.01,
+            0.01,
+            supervised=supervised,
+            density=density,
+            edge=edge,
+            classes=classes,
+            ignore_index=ignore_index,
+            features=features,
         )
 
     @classmethod
@@ -415,6 +432,7 @@ class CombinedExudateLoss(MaskLoss):
         cls,
         *,
         supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
     ) -> "Self":
@@ -424,6 +442,7 @@ class CombinedExudateLoss(MaskLoss):
 
         Args:
             supervised: as in the constructor.
+            classes: as in the constructor.
             ignore_index: as in the constructor.
             features: as in the constructor.
 
@@ -443,7 +462,7 @@ class CombinedExudateLoss(MaskLoss):
             FutureWarning,
             stacklevel=2,
         )
-        return cls(0.0, 0.002, supervised=supervised, ignore_index=ignore_index, features=features)
+        return cls(0.0, 0.002, supervised=supervised, classes=classes, ignore_index=ignore_index, features=features)
 
     @property
     def alpha(self) -> float | Pull:
@@ -473,23 +492,24 @@ class CombinedExudateLoss(MaskLoss):
         Args, Raises: as a call of the criterion; it takes the place of one, with total as what to differentiate.
         """
         self._check_changed_options()
-        _checks.check_target(target)
-        _checks.check_logits(logits, target)
+        finest, mask = self._finest(logits, target)
         terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
         is_tapped = features is None
-        features = self._found(features, logits, needed=bool(terms))
+        features = self._found(features, finest, needed=bool(terms))
         if features is not None:
-            _checks.check_features(features, target)
+            _checks.check_features(features, mask)
         # A subclass with a forward of its own checks and computes for itself.
         ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
-        indices = [self.ignore_index] * (self.supervised is None) + [term.ignore_index for term in terms if ours]
-        mask = plain(target)
-        known = self._check_values(mask, indices)
         if self.supervised is None:
-            with full_precision(mask):
-                supervised = binary_cross_entropy(plain(logits), mask, self.ignore_index, known=known)
+            supervised = self._default_supervised(plain(finest), plain(mask), terms if ours else [])
         else:
+            indices = [term.ignore_index for term in terms if ours]
+            if self.classes is None and indices:
+                self._check_values(plain(mask), indices)
             supervised = self._given_supervised(self.supervised, logits, target)
+        if self.classes is not None:
+            mask = masks_of(plain(mask), self.classes, self.ignore_index)
+        mask = plain(mask)
         if features is None:
             terms = []
         each = [] if features is None else [features] * len(terms)
@@ -499,7 +519,7 @@ class CombinedExudateLoss(MaskLoss):
         if ours:
             losses = term_losses(terms, [plain(own) for own in each], mask)
         else:
-            losses = [term(own, target) for term, own in zip(terms, each, strict=True)]
+            losses = [term(own, mask) for term, own in zip(terms, each, strict=True)]
         zero = supervised.new_zeros(())
         density = losses[0] if losses and self._uses_density else zero
         edge = losses[-1] if losses and self._uses_edge else zero
@@ -548,7 +568,7 @@ class CombinedExudateLoss(MaskLoss):
             ("density", self.density, PatchDensityContrastLoss),
             ("edge", self.edge, PatchEdgeContrastLoss),
         ):
-            _checks.check_part(name, part, kind, self.ignore_index)
+            _checks.check_part(name, part, kind, self.ignore_index, always=self.classes is not None)
             part._check_changed_options()
         state, tap = self._pull_state, self.tap
         if state is not None and tap is not None and state["layer"] is not tap.norm:
@@ -606,6 +626,40 @@ class CombinedExudateLoss(MaskLoss):
             for n in names
         ]
 
+    def _finest(self, logits: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """The logits and the target that the terms look at, checked: of several levels the first."""
+        if isinstance(logits, (list, tuple)):
+            if self.supervised is None:
+                raise ValueError(
+                    "supervised must be given where logits are the levels of deep supervision, got None; give the loss "
+                    "that weighs the levels, such as MONAI's DeepSupervisionLoss"
+                )
+            if not logits:
+                raise ValueError("logits must hold the levels of deep supervision, the finest first, got none")
+            logits = logits[0]
+        if isinstance(target, (list, tuple)) and target and isinstance(target[0], Tensor):
+            target = target[0]
+        if self.classes is None:
+            _checks.check_target(target)
+            _checks.check_logits(logits, target)
+        else:
+            _checks.check_index(target, "target")
+            _checks.check_class_logits(logits, target)
+        return logits, target
+
+    def _default_supervised(self, logits: Tensor, target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor:
+        """Cross-entropy with classes, else binary cross-entropy; the target's values are checked for the terms, too."""
+        if self.classes is None:
+            known = self._check_values(target, [self.ignore_index, *(term.ignore_index for term in terms)])
+            with full_precision(target):
+                return binary_cross_entropy(logits, target, self.ignore_index, known=known)
+        index = flat_index(target)
+        if _checks.may_read(target) and (target.is_cpu or not self._values_checked):
+            _checks.check_index_values(index, logits.shape[1], self.ignore_index)
+            self._values_checked = True
+        with full_precision(target):
+            return cross_entropy(logits, index, self.ignore_index)
+
     def _found(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
         """The features for the terms, those given or the tap's; None where they are not needed."""
         if features is None and self.tap is not None:
@@ -630,16 +684,32 @@ class CombinedExudateLoss(MaskLoss):
             )
         return features if needed else None
 
-    def _given_supervised(self, supervised: Callable[..., Any], logits: Tensor, target: Tensor) -> Tensor:
-        if not self._learning_seen and _checks.may_read(target):
-            logits = watched(logits, plain(target), self.ignore_index, self._see_learning)
-        loss = supervised(logits, target)
+    def _given_supervised(self, supervised: Callable[..., Any], logits: Any, target: Any) -> Tensor:
+        finest, mask = (levels[0] if isinstance(levels, (list, tuple)) else levels for levels in (logits, target))
+        if self.classes is None and not self._learning_seen and _checks.may_read(mask):
+            seen = watched(finest, plain(mask), self.ignore_index, self._see_learning)
+            logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen
+        try:
+            loss = supervised(logits, target)
+        except Exception as error:
+            if error.args and isinstance(error.args[0], str) and not isinstance(logits, (list, tuple)):
+                error.args = (f"{error.args[0]}\n{self._what_it_got(finest, mask)}", *error.args[1:])
+            raise
         if not isinstance(loss, Tensor):
             raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
         if loss.dim():
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
         loss = plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _what_it_got(self, logits: Tensor, target: Tensor) -> str:
+        got = f"(supervised was given logits {tuple(logits.shape)} and target {tuple(target.shape)}, {target.dtype}; "
+        if self.classes is None:
+            return f"{got}losses on logits often want a floating target: give the criterion target.float())"
+        return (
+            f"{got}torch.nn.CrossEntropyLoss wants the index mask as (B, H, W), torch.int64, MONAI's losses with "
+            "to_onehot_y as (B, 1, H, W))"
+        )
 
     def _see_learning(self, learns: bool) -> None:
         """Warn once: of the first ignored pixels on the CPU; elsewhere, where looking waits, of the first batch."""

@@ -74,6 +74,13 @@ def contrast(vectors, labels, temperature=0.05, contrast="nt_xent"):
     return torch.cat(per_anchor).mean() if per_anchor else nothing
 
 
+def class_mean(classes, temperature, contrast_kind):
+    """Mean contrast of the (vectors, labels) of those classes that have a positive pair and a negative."""
+    terms = [contrast(vectors, labels, temperature, contrast_kind) for vectors, labels in classes]
+    number = sum(0 < sum(labels) < len(labels) and len(labels) > 2 for _, labels in classes)
+    return sum(terms) / max(1, number)
+
+
 def density_embeddings(
     features, target, k, *, patch_size=16, num_patches=None, threshold=0.5, select="all", ignore_index=None
 ):
@@ -95,12 +102,10 @@ def density_embeddings(
 
 
 def density_loss(features, target, *, temperature=0.05, contrast_kind="nt_xent", **options):
-    """The density term, averaged over the classes."""
-    terms = [
-        contrast(*density_embeddings(features, target, k, **options), temperature, contrast_kind)
-        for k in range(target.shape[1])
-    ]
-    return sum(terms) / len(terms)
+    """The density term, averaged over the classes that have a contrast."""
+    return class_mean(
+        [density_embeddings(features, target, k, **options) for k in range(target.shape[1])], temperature, contrast_kind
+    )
 
 
 def radius_at(radius, share, density_threshold):
@@ -146,8 +151,8 @@ def bands(
 
 
 def edge_loss(features, target, *, scope="patch", temperature=0.05, contrast_kind="nt_xent", **options):
-    """The edge term, averaged over the classes."""
-    terms = []
+    """The edge term, averaged over the classes that have a contrast."""
+    classes = []
     for k in range(target.shape[1]):
         vectors, labels = [], []
         for image in range(len(target)):
@@ -159,8 +164,8 @@ def edge_loss(features, target, *, scope="patch", temperature=0.05, contrast_kin
                     if pixels:
                         vectors.append(mean_vector(features[image], pixels, target.shape[-2:]))
                         labels.append(label)
-        terms.append(contrast(vectors, labels, temperature, contrast_kind))
-    return sum(terms) / len(terms)
+        classes.append((vectors, labels))
+    return class_mean(classes, temperature, contrast_kind)
 
 
 def cross_entropy(logits, target, ignore_index=None):

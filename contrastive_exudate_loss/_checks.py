@@ -273,8 +273,8 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
     """What to do with a target of other values than 0 and 1; wrong holds these, each once, in rising order."""
     if wrong.numel() == 1 and float(wrong[0]) == 255:
         return (
-            "turn a 0/255 mask into target > 127; give ignore_index=255 only if 255 marks pixels to leave out, since it "
-            "would ignore every lesion marked so"
+            "turn a 0/255 mask into target > 127; give ignore_index=255 only if 255 marks pixels to leave out, since "
+            "it would ignore every lesion marked so"
         )
     whole = bool((wrong == wrong.round()).all())
     if whole and float(wrong[0]) >= 2 and (len(wrong) > 1 or ignore_index is None) and float(wrong[-1]) < 250:

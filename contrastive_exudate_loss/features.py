@@ -88,7 +88,8 @@ class FeatureTap:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
                 "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; for "
-                "deep supervision give the criterion the list of logits, and the wrapper that weighs them as supervised="
+                "deep supervision give the criterion the list of logits, and the wrapper that weighs them as "
+                "supervised="
             )
         if self._features is None:
             raise RuntimeError(

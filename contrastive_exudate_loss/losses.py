@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contrastive_exudate_loss import _checks, pull
+from contrastive_exudate_loss._misuse import CONFIRMED, LOOKS, suspicions
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
@@ -81,7 +82,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
         num_patches: int | None = None,
         threshold: float = 0.5,
         temperature: float = 0.05,
-        contrast: str = "nt_xent",
+        contrast: Literal["nt_xent", "sup_con"] = "nt_xent",
         select: int | Literal["all"] = "all",
         max_patches: int | None = None,
         ignore_index: int | None = None,
@@ -180,12 +181,12 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
         num_patches: int | None = None,
         inner_radius: int | tuple[int, int] = 2,
         outer_radius: int | tuple[int, int] = 2,
-        footprint: str = "square",
+        footprint: Literal["square", "cross"] = "square",
         isolate_patches: bool = False,
-        scope: str = "patch",
+        scope: Literal["patch", "image"] = "patch",
         density_threshold: float | None = None,
         temperature: float = 0.05,
-        contrast: str = "nt_xent",
+        contrast: Literal["nt_xent", "sup_con"] = "nt_xent",
         max_patches: int | None = None,
         ignore_index: int | None = None,
         gather_distributed: bool = False,
@@ -294,6 +295,8 @@ class CombinedExudateLoss(MaskLoss):
 
     # Of the class, for earlier pickles.
     _learning_seen = _told_to_wait = False
+    _looks, _doubts = LOOKS, CONFIRMED
+    _warned: tuple[str, ...] = ()
     _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
     _pull_calls, _pull_known, _pull_pending = 0, False, False
     classes: tuple[int, ...] | None = None
@@ -510,6 +513,7 @@ class CombinedExudateLoss(MaskLoss):
         if self.classes is not None:
             mask = masks_of(plain(mask), self.classes, self.ignore_index)
         mask = plain(mask)
+        self._look_for_misuse(plain(finest), mask)
         if features is None:
             terms = []
         each = [] if features is None else [features] * len(terms)
@@ -547,12 +551,19 @@ class CombinedExudateLoss(MaskLoss):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
+            if not isinstance(weight, Pull):
+                destination[prefix + name] = weight.clone()
         if self._pull_state is not None:
             destination[f"{prefix}pull"] = torch.cat(list(self._pull_state.values()))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         """The constructor decides what is a Pull; the state, which may be missing, gives it its values."""
         own = dict(state_dict)
+        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
+            number = own.pop(prefix + name, None)
+            if number is not None and not isinstance(weight, Pull):
+                setattr(self, name, float(number))
         numbers = own.pop(f"{prefix}pull", None)
         if numbers is not None and self._pull_state is not None:
             sizes = [len(tensor) for tensor in self._pull_state.values()]
@@ -701,6 +712,28 @@ class CombinedExudateLoss(MaskLoss):
             raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
         loss = plain(loss)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _look_for_misuse(self, logits: Tensor, mask: Tensor) -> None:
+        """Warn once of each suspicion; of what may be chance only if each batch that is looked at shows it."""
+        if len(mask) == 1 and self._uses_edge and self.edge.scope == "image" and not self.edge.gather_distributed:
+            self._warn(
+                "one image",
+                "edge has scope='image', as in hecl(), which contrasts bands of several images, but the batch has one, "
+                "so the term is 0; give batches of several images or scope='patch'",
+            )
+        if self._looks == 0 or not _checks.may_read(mask):
+            return
+        found = dict(suspicions(logits, mask, self.ignore_index))
+        self._looks = self._looks - 1 if mask.is_cpu else 0
+        self._doubts = tuple(name for name in self._doubts if name in found and mask.is_cpu)
+        for name, sentence in found.items():
+            if name not in CONFIRMED or (self._looks == 0 and name in self._doubts):
+                self._warn(name, sentence)
+
+    def _warn(self, name: str, sentence: str) -> None:
+        if name not in self._warned:
+            self._warned = (*self._warned, name)
+            warnings.warn(sentence, stacklevel=5)
 
     def _what_it_got(self, logits: Tensor, target: Tensor) -> str:
         got = f"(supervised was given logits {tuple(logits.shape)} and target {tuple(target.shape)}, {target.dtype}; "

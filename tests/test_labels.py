@@ -1,6 +1,5 @@
 """Index masks, regions, deep supervision and classes that are absent: laws, with loops as oracle."""
 
-import functools
 import itertools
 
 import monai.losses

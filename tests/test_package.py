@@ -25,7 +25,7 @@ ALLOWED = {
     "masks": {"patches", "morphology"},
     "_terms": {"_options", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},
-    "losses": {"_options", "_terms", "_supervised", "masks"} | MIDDLE,
+    "losses": {"_misuse", "_options", "_terms", "_supervised", "masks"} | MIDDLE,
     "__init__": {"losses", "features", "labels", "pull"},
 }
 

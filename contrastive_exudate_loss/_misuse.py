@@ -1,0 +1,42 @@
+"""What is wrong in silence, but can be seen in the first batches: a sentence for each suspicion."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from contrastive_exudate_loss import _checks
+
+LOOKS = 10  # batches that are looked at on the CPU; elsewhere, where looking waits for the device, one
+# What a batch may show by chance: only if all that are looked at show it, something is wrong.
+CONFIRMED = ("probabilities", "ignored")
+
+
+def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iterator[tuple[str, str]]:
+    """A name and a sentence for what may be wrong in a batch; reads the values, so it waits for the device.
+
+    Args:
+        logits: (B, C, H, W), floating.
+        target: (B, K, H, W) of 0, 1 and ignore_index.
+        ignore_index: value of pixels to leave out.
+    """
+    remedy = "give the network's output before its sigmoid or softmax"
+    made_by = logits.grad_fn.name() if logits.grad_fn is not None else ""
+    lowest, highest = logits.detach().aminmax()
+    if made_by.startswith(("Sigmoid", "Softmax")):
+        yield "sigmoid", f"logits come out of a {made_by.removesuffix('Backward0').lower()}; {remedy}"
+    elif bool((lowest >= 0) & (highest <= 1) & (lowest < highest)):
+        yield "probabilities", f"logits were between 0 and 1 in all batches so far, like probabilities; {remedy}"
+    if target.shape[1] > 1 and bool((target.sum(1, dtype=torch.int64) == 1).all()):
+        yield (
+            "one-hot",
+            "target has exactly one class at each pixel, so one of its channels seems to be the background; leave that "
+            "channel out of target and logits, or give an index mask and classes=range(1, number of classes)",
+        )
+    ignores = ignore_index is not None and _checks.holds(target.dtype, ignore_index)
+    if ignores and bool((target == ignore_index).any() & (target != 1).all()):
+        yield (
+            "ignored",
+            f"target held 0 and {ignore_index} in all batches so far, but no 1, and {ignore_index} is ignored; if it "
+            "marks lesions, give target != 0 and leave ignore_index out",
+        )

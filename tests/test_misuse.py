@@ -1,0 +1,76 @@
+"""What is wrong in silence is warned of once, and what is right is not warned of."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from contrastive_exudate_loss import CombinedExudateLoss, PatchEdgeContrastLoss
+
+
+def batch(classes=1, images=2):
+    torch.manual_seed(0)
+    features = torch.randn(images, 4, 16, 16, requires_grad=True)
+    target = torch.zeros(images, classes, 16, 16)
+    target[:, :, 4:9, 4:9] = 1
+    return nn.Conv2d(4, classes, 1)(features), target, features
+
+
+def warned(criterion, *batches):
+    """The sentences, after the batches one after the other."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for arguments in batches:
+            criterion(*arguments)
+    return [str(one.message) for one in found]
+
+
+@pytest.mark.parametrize(
+    "made", [torch.sigmoid, lambda logits: logits.softmax(1), lambda logits: logits.sigmoid() ** 2]
+)
+def test_probabilities_in_place_of_logits(made):
+    logits, target, features = batch(classes=2)
+    criterion = CombinedExudateLoss.paper()
+    (text,) = warned(criterion, *[(made(logits), target, features)] * 3)
+    assert text.startswith("logits seem to be probabilities")
+    assert not warned(CombinedExudateLoss.paper(), (logits, target, features), (logits * 0, target, features))
+
+
+def test_a_mask_of_0_and_255_whose_lesions_are_all_ignored():
+    logits, target, features = batch()
+    marked, nothing = target * 255, torch.where(target == 1, 255.0, 0.0)
+    nothing[:, :, :2] = 255
+    criterion = CombinedExudateLoss(0.02, 0.1, ignore_index=255)
+    (text,) = warned(criterion, *[(logits, marked, features)] * 12)
+    assert "held 0 and 255 in all batches so far, but no 1" in text
+    mixed = [(logits, nothing, features), (logits, target, features)] * 6
+    assert not warned(CombinedExudateLoss(0.02, 0.1, ignore_index=255), *mixed)
+
+
+def test_one_image_where_images_are_contrasted():
+    one, two = batch(images=1), batch()
+    for criterion in (
+        CombinedExudateLoss.hecl(),
+        CombinedExudateLoss(beta=0.1, edge=PatchEdgeContrastLoss(scope="image")),
+    ):
+        (text,) = warned(criterion, one, one)
+        assert "the batch has one image, so the term is 0" in text
+    assert not warned(CombinedExudateLoss.hecl(), two)
+    assert not warned(CombinedExudateLoss.paper(), one)
+
+
+def test_a_background_channel_among_the_lesions():
+    logits, target, features = batch(classes=2)
+    target[:, 0] = 1 - target[:, 1]
+    (text,) = warned(CombinedExudateLoss.paper(), *[(logits, target, features)] * 2)
+    assert "one of its channels seems to be the background" in text
+    target[:, 0] = 0
+    assert not warned(CombinedExudateLoss.paper(), (logits, target, features))
+
+
+def test_only_the_first_batches_are_looked_at(monkeypatch):
+    calls = []
+    monkeypatch.setattr("contrastive_exudate_loss.losses.suspicions", lambda *_: calls.append(0) or iter(()))
+    warned(CombinedExudateLoss.paper(), *[batch()] * 15)
+    assert len(calls) == 10

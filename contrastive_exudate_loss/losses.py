@@ -295,7 +295,8 @@ class CombinedExudateLoss(MaskLoss):
 
     # Of the class, for earlier pickles.
     _learning_seen = _told_to_wait = False
-    _looks, _doubts = LOOKS, CONFIRMED
+    _looks = LOOKS
+    _doubts: tuple[str, ...] = CONFIRMED
     _warned: tuple[str, ...] = ()
     _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
     _pull_calls, _pull_known, _pull_pending = 0, False, False

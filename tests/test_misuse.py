@@ -26,15 +26,20 @@ def warned(criterion, *batches):
     return [str(one.message) for one in found]
 
 
-@pytest.mark.parametrize(
-    "made", [torch.sigmoid, lambda logits: logits.softmax(1), lambda logits: logits.sigmoid() ** 2]
-)
-def test_probabilities_in_place_of_logits(made):
+@pytest.mark.parametrize("made", [torch.sigmoid, lambda logits: logits.softmax(1)])
+def test_logits_out_of_a_sigmoid_or_softmax(made):
     logits, target, features = batch(classes=2)
-    criterion = CombinedExudateLoss.paper()
-    (text,) = warned(criterion, *[(made(logits), target, features)] * 3)
-    assert text.startswith("logits seem to be probabilities")
-    assert not warned(CombinedExudateLoss.paper(), (logits, target, features), (logits * 0, target, features))
+    (text,) = warned(CombinedExudateLoss.paper(), *[(made(logits), target, features)] * 3)
+    assert text.startswith("logits come out of a s")
+
+
+def test_probabilities_in_place_of_logits():
+    logits, target, features = batch(classes=2)
+    probabilities = [(logits.sigmoid() ** 2, target, features)] * 12
+    (text,) = warned(CombinedExudateLoss.paper(), *probabilities)
+    assert text.startswith("logits were between 0 and 1 in all batches so far")
+    assert not warned(CombinedExudateLoss.paper(), *probabilities[:8], *[(logits, target, features)] * 4)
+    assert not warned(CombinedExudateLoss.paper(), *[(logits * 0, target, features)] * 12)
 
 
 def test_a_mask_of_0_and_255_whose_lesions_are_all_ignored():
@@ -55,7 +60,7 @@ def test_one_image_where_images_are_contrasted():
         CombinedExudateLoss(beta=0.1, edge=PatchEdgeContrastLoss(scope="image")),
     ):
         (text,) = warned(criterion, one, one)
-        assert "the batch has one image, so the term is 0" in text
+        assert "the batch has one, so the term is 0" in text
     assert not warned(CombinedExudateLoss.hecl(), two)
     assert not warned(CombinedExudateLoss.paper(), one)
 

@@ -15,6 +15,8 @@ import contrastive_exudate_loss as package
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "contrastive_exudate_loss").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+# Pages whose examples test_loops and test_recipe_idrid run.
+OWN_TESTS = {"loops", "photographs"}
 MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "features", "labels", "pull"}
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {
@@ -95,7 +97,7 @@ def test_importing_needs_no_numpy_and_no_triton(module):
 
 def snippets():
     for document in DOCUMENTS:
-        if document.stem == "loops":  # run by test_loops
+        if document.stem in OWN_TESTS:
             continue
         for number, code in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL), 1):
             yield pytest.param(code, id=f"{document.stem}-{number}")

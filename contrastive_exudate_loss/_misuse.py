@@ -33,8 +33,9 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
             "target has exactly one class at each pixel, so one of its channels seems to be the background; leave that "
             "channel out of target and logits, or give an index mask and classes=range(1, number of classes)",
         )
-    ignores = ignore_index is not None and _checks.holds(target.dtype, ignore_index)
-    if ignores and bool(target.eq(ignore_index).any() & target.ne(1).all()):
+    if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
+        return
+    if bool(target.eq(ignore_index).any() & target.ne(1).all()):
         yield (
             "ignored",
             f"target held 0 and {ignore_index} in all batches so far, but no 1, and {ignore_index} is ignored; if it "

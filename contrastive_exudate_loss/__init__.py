@@ -10,7 +10,7 @@ from contrastive_exudate_loss.losses import (
 )
 from contrastive_exudate_loss.pull import Pull
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CombinedExudateLoss",

@@ -59,8 +59,9 @@ WHOLE = [
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
     "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
+    "_misuse": ["test_misuse.py"],
     "_options": WHOLE,
-    "_supervised": ["test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
+    "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
     "_terms": WHOLE,
     "contrast": ["test_contrast.py"],
     "contrast_pairs": ["test_contrast.py"],
@@ -68,11 +69,14 @@ TESTS = {
     "distributed": ["test_distributed.py"],
     "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused"],
     "graph": ["test_features.py"],
-    "losses": WHOLE,
+    "labels": ["test_labels.py"],
+    "losses": ["test_labels.py", "test_misuse.py", "test_pull.py", *WHOLE],
     "masks": ["test_masks.py", "test_morphology.py", "test_losses.py", "test_degenerate.py"],
     "morphology": ["test_morphology.py"],
+    "norms": ["test_pull.py"],
     "patches": ["test_patches.py"],
     "pooling": ["test_pooling.py"],
+    "pull": ["test_pull.py"],
     "slots": ["test_slots.py", "test_pooling.py"],
 }
 SLOW = (

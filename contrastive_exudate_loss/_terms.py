@@ -91,8 +91,16 @@ class PatchContrastLoss(MaskLoss):
         """What to pool of a target, (B, K, H, W)."""
         raise NotImplementedError
 
-    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
-        """Those of each class, from what the regions pooled to: sums (B, T, gh, gw, C), counts (B, T, gh, gw)."""
+    def _candidates(self, sums: Tensor, present: Tensor, regions: Regions) -> Sequence[Candidates]:
+        """Those of each class, from what the regions pooled to.
+
+        Sums stand for means, of which a contrast sees the directions alone.
+
+        Args:
+            sums: (B, T, gh, gw, C), floating.
+            present: (B, T, gh, gw), bool: where a region has pixels.
+            regions: this term's.
+        """
         raise NotImplementedError
 
 
@@ -116,11 +124,12 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
         regions = [term._regions(target, own) for term, own in zip(terms, sides, strict=True)]
         for leader in dict.fromkeys(first):
             members = [n for n, own in enumerate(first) if own == leader]
-            masks = [regions[n].masks for n in members]
-            pooled = masked_sums(features[leader], side_by_side(masks), sides[leader])
-            parts = (whole.split([mask.shape[1] for mask in masks], 1) for whole in pooled)
-            for n, sums, counts in zip(members, *parts, strict=True):
-                losses[n] = _class_mean(terms[n], terms[n]._candidates(sums, counts, regions[n]))
+            masks = [mask for n in members for mask in regions[n].masks]
+            sums, counts = masked_sums(features[leader], side_by_side(masks), sides[leader])
+            lengths = [sum(mask.shape[1] for mask in regions[n].masks) for n in members]
+            parts = (whole.split(lengths, 1) for whole in (sums, counts.bool()))
+            for n, own, present in zip(members, *parts, strict=True):
+                losses[n] = _class_mean(terms[n], terms[n]._candidates(own, present, regions[n]))
     return [losses[n] for n in range(len(terms))]
 
 
@@ -163,8 +172,9 @@ def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tenso
             parts=parts,
         )
         losses.append(sum_of_ranks(loss) if shares else loss)
-        contrasted.append(_has_contrast(labels, present))
-    if len(losses) == 1:
+        if len(classes) > 1:
+            contrasted.append(_has_contrast(labels, present))
+    if len(classes) == 1:
         return losses[0]
     # A class without a contrast has a loss of 0.
     return torch.stack(losses).sum() / torch.stack(contrasted).sum().clamp(min=1)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from contrastive_exudate_loss.contrast_pairs import loss_by_pairs
-from contrastive_exudate_loss.contrast_rows import filled_by_mask, loss_by_rows
+from contrastive_exudate_loss.contrast_rows import filled_by_mask, loss_by_rows, loss_of_few
 
 CONTRASTS = ("nt_xent", "sup_con")
+# Up to so many embeddings on a CPU, calls cost more than arithmetic.
+FEW = 192
 
 
 def contrast_loss(
@@ -67,7 +69,7 @@ def directions(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale, norm: (M, 1), floating; embeddings = z norm scale. Of a zero vector the scale is infinite.
     """
     scale = torch.linalg.vector_norm(embeddings, math.inf, 1, keepdim=True)
-    scale = scale.masked_fill(scale == 0, math.inf)
+    scale.masked_fill_(scale == 0, math.inf)
     scaled = embeddings / scale
     norm = torch.linalg.vector_norm(scaled, 2, 1, keepdim=True).clamp(min=1)  # the largest magnitude is 1 now, or all 0
     return scaled / norm, scale, norm
@@ -152,9 +154,10 @@ def _loss_and_gradient(
     parts: int,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient with respect to z (empty unless with_gradient), for unit or zero vectors z."""
-    label_1, label_0 = labels & present, ~labels & present
+    label_1, label_0 = labels & present, present > labels
     if z.is_cpu and parts == 1:
-        return loss_by_pairs(z, label_1, label_0, temperature, contrast, with_gradient)
+        whole = loss_of_few if len(z) <= FEW else loss_by_pairs
+        return whole(z, label_1, label_0, temperature, contrast, with_gradient)
     anchors = range(len(z) * part // parts, len(z) * (part + 1) // parts)
     fill = _filled_on_cuda(z.device) if z.is_cuda else filled_by_mask
     return loss_by_rows(z, label_1, label_0, temperature, contrast, with_gradient, anchors, fill)

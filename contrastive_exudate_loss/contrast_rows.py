@@ -1,4 +1,4 @@
-"""Contrast where the labels must not be looked at: row by row with masks, whose shapes depend on shapes alone."""
+"""Contrast row by row: with masks, whose shapes depend on shapes alone, and for a few embeddings by their labels."""
 
 import math
 from collections.abc import Callable
@@ -33,21 +33,47 @@ def loss_by_rows(
         fill: filled_by_mask, or what does the same.
     """
     total = len(z)
-    n = torch.stack([label_1, label_0]).sum(1).to(z.dtype)
-    terms = (n * (n - 1) if contrast == "nt_xent" else n * (n > 1)).sum().clamp(min=1)
-    losses = z.new_zeros(total)
+    n = torch.stack([label_1, label_0]).sum(1, dtype=z.dtype)
+    terms = n.dot(n - 1 if contrast == "nt_xent" else (n > 1).to(n.dtype)).clamp(min=1)
+    losses = z.new_empty(len(anchors))
     d_z = z.new_zeros(z.shape if with_gradient else (0,))
-    columns = (z / temperature).T
     rows = max(1, (TILE_ON_CUDA if z.is_cuda else TILE) // max(1, total))
     buffer = z.new_empty(min(rows, len(anchors)) * total)
     for start in anchors[::rows]:
         row = slice(start, min(start + rows, anchors.stop))
-        tile = torch.mm(z[row], columns, out=buffer[: len(z[row]) * total].view(-1, total))
-        fill(tile, losses[row], label_1, label_0, start, contrast)
+        tile = buffer[: len(z[row]) * total].view(-1, total)
+        torch.addmm(tile, z[row], z.T, beta=0, alpha=1 / temperature, out=tile)  # beta = 0: nothing is added
+        fill(tile, losses[start - anchors.start :][: len(tile)], label_1, label_0, start, contrast)
         if with_gradient:
             d_z[row].addmm_(tile, z)
             d_z.addmm_(tile.T, z[row])
     return losses.sum() / terms, d_z.div_(temperature * terms)
+
+
+def loss_of_few(
+    z: Tensor, label_1: Tensor, label_0: Tensor, temperature: float, contrast: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient with respect to z, from all similarities at once: few calls, M x M memory.
+
+    Args: as loss_by_rows.
+    """
+    loss, gradient = z.new_zeros(()), z.new_zeros(z.shape if with_gradient else (0,))
+    groups = [label.nonzero().squeeze(1) for label in (label_1, label_0)]
+    first, second = map(len, groups)
+    terms = sum(n * (n - 1 if contrast == "nt_xent" else n > 1) for n in (first, second))
+    if terms == 0 or first == 0 or second == 0:
+        return loss, gradient
+    order = torch.cat(groups)
+    vectors = z[order]
+    s = torch.mm(vectors / temperature, vectors.T)
+    s.fill_diagonal_(math.inf)
+    blocks = s.split([first, second])
+    for own, block in enumerate(blocks):
+        pos, neg = block.split([first, second], 1)[:: 1 if own == 0 else -1]
+        loss += _ROWS[contrast](pos, neg).sum()
+    if with_gradient:
+        gradient[order] = torch.mm(s, vectors).addmm_(s.T, vectors).div_(temperature * terms)
+    return loss.div_(terms), gradient
 
 
 def filled_by_mask(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, start: int, contrast: str) -> None:

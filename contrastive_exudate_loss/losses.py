@@ -18,7 +18,6 @@ from contrastive_exudate_loss.features import FeatureTap, layer_input, taken_fea
 from contrastive_exudate_loss.labels import flat_index, masks_of
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
-from contrastive_exudate_loss.pooling import embeddings
 from contrastive_exudate_loss.pull import Pull
 
 if TYPE_CHECKING:  # not in Python 3.10
@@ -109,12 +108,12 @@ class PatchDensityContrastLoss(PatchContrastLoss):
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         return density_regions(target, sides, self.ignore_index)
 
-    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
-        pooled = embeddings(sums, counts), counts.bool(), cast(Tensor, regions.fraction)
+    def _candidates(self, sums: Tensor, present: Tensor, regions: Regions) -> Sequence[Candidates]:
+        pooled = sums, present, cast(Tensor, regions.fraction)
         # (B, K, gh, gw) to (K, M)
         vectors, present, fraction = (tensor.movedim(1, 0).flatten(1, 3) for tensor in pooled)
         dense = fraction > self.threshold
-        labels = dense.to(counts.device)
+        labels = dense.to(present.device)
         if self._selects() is None:
             return [Candidates(*own) for own in zip(vectors, labels, present, strict=True)]
         densest_and_sparsest_first = torch.where(dense, -fraction, fraction)
@@ -216,15 +215,14 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
         options = self.footprint, self.isolate_patches, self.density_threshold, self.ignore_index
         return edge_regions(target, sides, inner, outer, *options)
 
-    def _candidates(self, sums: Tensor, counts: Tensor, regions: Regions) -> Sequence[Candidates]:
+    def _candidates(self, sums: Tensor, present: Tensor, regions: Regions) -> Sequence[Candidates]:
         if self.scope == "image":
-            sums, counts = sums.sum((2, 3), keepdim=True), counts.sum((2, 3), keepdim=True)
+            sums, present = sums.sum((2, 3), keepdim=True), present.any((2, 3), keepdim=True)
         # (B, 2 K, gh, gw) to (K, 2, B, gh, gw): of each class all inner embeddings, then all outer ones.
-        bands = (2, counts.shape[1] // 2)
-        vectors = embeddings(sums, counts).unflatten(1, bands).movedim((2, 1), (0, 1))
-        present = counts.bool().unflatten(1, bands).movedim((2, 1), (0, 1))
+        bands = (2, present.shape[1] // 2)
+        vectors, present = (tensor.unflatten(1, bands).movedim((2, 1), (0, 1)) for tensor in (sums, present))
         labels = torch.zeros_like(present)
-        labels[:, 0] = True
+        labels[:, 0].fill_(True)
         flat = vectors.flatten(1, 4), labels.flatten(1), present.flatten(1)
         return [Candidates(*own) for own in zip(*flat, strict=True)]
 

@@ -14,11 +14,11 @@ from contrastive_exudate_loss.patches import at_pixels, cut_patches, lesion_frac
 class Regions(NamedTuple):
     """What a term pools.
 
-    masks: (B, T, H, W), bool.
+    masks: one or several (B, K, H, W), bool.
     fraction: the lesion fraction of each patch, (B, K, gh, gw) float64; None for a term that does not use it.
     """
 
-    masks: Tensor
+    masks: tuple[Tensor, ...]
     fraction: Tensor | None = None
 
 
@@ -30,7 +30,8 @@ def density_regions(target: Tensor, sides: tuple[int, int], ignore_index: int | 
         sides: patch height and width, in pixels.
         ignore_index: value of pixels that count for nothing.
     """
-    return Regions(*_callable(_density_masks, target)(target, sides, ignore_index))
+    valid, fraction = _callable(_density_masks, target)(target, sides, ignore_index)
+    return Regions((valid,), fraction)
 
 
 def edge_regions(
@@ -60,7 +61,7 @@ def edge_regions(
 
 
 def side_by_side(masks: Sequence[Tensor]) -> Tensor:
-    """Masks (B, T, H, W) of several terms, joined along T."""
+    """Masks (B, K, H, W) joined along K."""
     joined: Tensor = masks[0] if len(masks) == 1 else _callable(_joined, masks[0])(masks)
     return joined
 
@@ -88,7 +89,7 @@ def _edge_masks(
     isolate_patches: bool,
     density_threshold: float | None,
     ignore_index: int | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     lesion, valid = lesion_and_valid(target, ignore_index)
     background = outside = valid & ~lesion
     size, patch = (target.shape[2], target.shape[3]), (sides[0], sides[1])
@@ -107,7 +108,7 @@ def _edge_masks(
         if dense is not None:
             band = torch.where(dense, contour(lesion, other, radii[1], footprint), band)
         bands.append(paste_patches(band, size, margin=1) if isolate_patches else band)
-    return _joined(bands)
+    return bands[0], bands[1]
 
 
 def _fraction(lesion: Tensor, valid: Tensor, sides: Sequence[int]) -> Tensor:
@@ -125,7 +126,7 @@ def _joined(masks: Sequence[Tensor]) -> Tensor:
 _SCHEMAS: dict[Callable[..., Any], str] = {
     _density_masks: "(Tensor target, int[] sides, int? ignore_index) -> (Tensor, Tensor)",
     _edge_masks: "(Tensor target, int[] sides, int[] inner_radius, int[] outer_radius, str footprint, "
-    "bool isolate_patches, float? density_threshold, int? ignore_index) -> Tensor",
+    "bool isolate_patches, float? density_threshold, int? ignore_index) -> (Tensor, Tensor)",
     _joined: "(Tensor[] masks) -> Tensor",
 }
 

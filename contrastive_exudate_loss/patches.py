@@ -48,7 +48,7 @@ def lesion_fraction(lesion_counts: Tensor, valid_counts: Tensor) -> Tensor:
         On the CPU where the counts' device has no float64.
     """
     device = torch.device("cpu") if lesion_counts.device.type == "mps" else lesion_counts.device
-    return lesion_counts.to(device, torch.float64) / valid_counts.to(device, torch.float64).clamp(min=1)
+    return lesion_counts.to(device) / valid_counts.to(device, torch.float64).clamp(min=1)
 
 
 def at_pixels(values: Tensor, sides: tuple[int, int], size: tuple[int, int]) -> Tensor:

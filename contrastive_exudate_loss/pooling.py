@@ -36,25 +36,12 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     """
     # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
     if features.is_cpu:
-        sums, counts, _ = _sums_by_content(features, masks, sides)
+        sums, counts = _SumsByContent.apply(features, masks, sides)
     elif torch.compiler.is_compiling():
         sums, counts = _sums_by_shape(features, masks, sides, _fused)
     else:
         sums, counts = _sums_by_shape(features, masks, sides, _product)
     return sums, counts.detach()
-
-
-def embeddings(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean feature vector of each mask; an empty mask gives the zero vector, to be left out by its count.
-
-    Args:
-        sums: (..., C), floating.
-        counts: (...), floating.
-
-    Returns:
-        (..., C), floating.
-    """
-    return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
 def _sums_by_shape(
@@ -84,13 +71,37 @@ def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
     return torch.stack(sums, 1).movedim(2, -1)
 
 
-@torch.library.custom_op(
-    "contrastive_exudate_loss::masked_sums",
-    mutates_args=(),
-    schema="(Tensor features, Tensor masks, int[] sides) -> (Tensor, Tensor, Tensor)",
-)
+class _SumsByContent(torch.autograd.Function):
+    """Sums and counts, each mask in the cheapest way."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        sums, counts, weights = _chosen(_sums_by_content, features)(features, masks, sides)
+        ctx.sizes = masks.shape[2:], features.shape[2:], sides, features.dtype
+        ctx.save_for_backward(weights)
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Gradient of the features from that of the sums; it refuses a derivative of its own, which nobody needs."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Any) -> Tensor:
+        spread: Tensor = _chosen(_features_gradient, gradient)(gradient, *inputs)
+        return spread
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("the contrastive terms have no second derivative; differentiate them once")
+
+
 def _sums_by_content(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each mask in the cheapest way, which depends on the data; one operator, since compiled code is slow at masks.
+    """Each mask in the cheapest way, which depends on the data.
 
     The third result are the weights, for the backward.
     """
@@ -119,19 +130,14 @@ def _sums_by_content(features: Tensor, masks: Tensor, sides: Sequence[int]) -> t
     return sums, _counts(weights, slots, dtype), weights.clone() if weights is masks else weights
 
 
-@_sums_by_content.register_fake
-def _(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_sizes(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the compiler may know of _sums_by_content."""
     layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
     weights = slot_weights(masks, layout, _dtype(features))
     counts = _counts(weights, [axis.slots for axis in layout], _dtype(features))
     return counts.new_empty((*counts.shape, features.shape[1])), counts, torch.empty_like(weights)
 
 
-@torch.library.custom_op(
-    "contrastive_exudate_loss::masked_sums_backward",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor weights, int[] pixels, int[] size, int[] sides, ScalarType dtype) -> Tensor",
-)
 def _features_gradient(
     gradient: Tensor,
     weights: Tensor,
@@ -170,8 +176,7 @@ def _features_gradient(
     return spread.to(dtype)
 
 
-@_features_gradient.register_fake
-def _(
+def _gradient_sizes(
     gradient: Tensor,
     weights: Tensor,
     pixels: Sequence[int],
@@ -182,22 +187,29 @@ def _(
     return gradient.new_empty((len(gradient), gradient.shape[-1], *size), dtype=dtype)
 
 
-def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, masks, sides = inputs
-    ctx.sizes = masks.shape[2:], features.shape[2:], sides, features.dtype
-    ctx.save_for_backward(output[2])
+# One operator each in compiled code, which is slow at masks; a call of one costs eager code some 60 microseconds.
+_OPERATORS = {
+    _sums_by_content: torch.library.custom_op(
+        "contrastive_exudate_loss::masked_sums",
+        _sums_by_content,
+        mutates_args=(),
+        schema="(Tensor features, Tensor masks, int[] sides) -> (Tensor, Tensor, Tensor)",
+    ),
+    _features_gradient: torch.library.custom_op(
+        "contrastive_exudate_loss::masked_sums_backward",
+        _features_gradient,
+        mutates_args=(),
+        schema="(Tensor gradient, Tensor weights, int[] pixels, int[] size, int[] sides, ScalarType dtype) -> Tensor",
+    ),
+}
+_OPERATORS[_sums_by_content].register_fake(_sums_sizes)
+_OPERATORS[_features_gradient].register_fake(_gradient_sizes)
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _features_gradient(gradient, *ctx.saved_tensors, *ctx.sizes), None, None
-
-
-def _refuse(ctx: Any, gradient: Tensor) -> None:
-    raise NotImplementedError("the contrastive terms have no second derivative; differentiate them once")
-
-
-_sums_by_content.register_autograd(_backward, setup_context=_keep_weights)
-_features_gradient.register_autograd(_refuse)
+def _chosen(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """The function itself, or its operator for who traces, fake tensors among them."""
+    traced = torch.compiler.is_compiling() or type(tensor) is not Tensor
+    return _OPERATORS[function] if traced else function
 
 
 class _Content(NamedTuple):
@@ -263,7 +275,7 @@ def _row_chunks(features: Tensor, slots: Sequence[int], grid_rows: int, limit: i
 
 
 def _counts(weights: Tensor, slots: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return blocks_of(weights, slots).sum((3, 5)).to(dtype)
+    return blocks_of(weights, slots).sum((3, 5), dtype=dtype)
 
 
 def _dtype(features: Tensor) -> torch.dtype:

@@ -54,7 +54,13 @@ def by_kernel(*arguments):
     return by_rows(*arguments, fill=interpreted())
 
 
-WAYS = {"by pairs": contrast_pairs.loss_by_pairs, "by rows": by_rows, "in parts": in_parts, "by kernel": by_kernel}
+WAYS = {
+    "of few": contrast_rows.loss_of_few,
+    "by pairs": contrast_pairs.loss_by_pairs,
+    "by rows": by_rows,
+    "in parts": in_parts,
+    "by kernel": by_kernel,
+}
 LIBRARY = {"nt_xent": NTXentLoss, "sup_con": SupConLoss}
 
 
@@ -276,13 +282,18 @@ def test_all_ways_give_an_empty_gradient_where_none_is_asked_for(contrast):
         assert gradient.shape == (0,)
 
 
-@pytest.mark.parametrize(("parts", "by_pairs"), [(1, 1), (2, 0)])
-def test_on_the_cpu_the_whole_is_contrasted_by_pairs(parts, by_pairs, monkeypatch):
-    calls, way = [], contrast_pairs.loss_by_pairs
-    monkeypatch.setattr(module, "loss_by_pairs", lambda *arguments: calls.append(arguments) or way(*arguments))
-    labels = torch.arange(6) < 3
-    contrast_loss(torch.ones(6, 2), labels, labels | True, temperature=0.05, parts=parts)
-    assert len(calls) == by_pairs
+@pytest.mark.parametrize(
+    ("parts", "total", "taken"),
+    [(1, 192, "loss_of_few"), (1, 193, "loss_by_pairs"), (2, 6, "loss_by_rows"), (2, 193, "loss_by_rows")],
+)
+def test_on_the_cpu_the_whole_is_contrasted_by_labels(parts, total, taken, monkeypatch):
+    calls = []
+    for name in ("loss_of_few", "loss_by_pairs", "loss_by_rows"):
+        way = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *inputs, name=name, way=way: calls.append(name) or way(*inputs))
+    labels = torch.arange(total) < 3
+    contrast_loss(torch.ones(total, 2), labels, labels | True, temperature=0.05, parts=parts)
+    assert calls == [taken]
 
 
 def test_where_triton_cannot_run_a_warning_says_why_and_other_operators_do_it(monkeypatch):

@@ -112,7 +112,7 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
         features: of each term, (B, C, h, w), floating.
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
-    if target.shape[1] > 1 and target.is_cpu and _checks.may_read(target):
+    if terms and target.shape[1] > 1 and target.is_cpu and _checks.may_read(target):
         target = _shown_classes(target, terms)
     sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
     # Of each term the first whose pooling it can share.

@@ -10,6 +10,8 @@ from strategies import masks
 
 from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap
 
+pytestmark = pytest.mark.filterwarnings("ignore:edge has scope='image'")  # of one image
+
 
 @st.composite
 def cases(draw):

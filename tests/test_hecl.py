@@ -1,5 +1,6 @@
 """CombinedExudateLoss.hecl(): equal to a loop in the published manner, and finite where that has no answer."""
 
+import pytest
 import reference
 import torch
 from batches import batch, gradients

@@ -1,6 +1,7 @@
 """The trainers of docs/nnunet.md train as nnU-Net's own, with its own loop, on a tiny data set.
 
-Run by `pytest -m nnunet` where nnU-Net is installed, which needs an older timm than the other tests: see .ci/run.
+Run by `pytest -m nnunet tests/test_nnunet.py` where nnU-Net is installed, which needs a timm older than that of the
+other tests: see .ci/run.
 """
 
 import copy

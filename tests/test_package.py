@@ -15,8 +15,8 @@ import contrastive_exudate_loss as package
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "contrastive_exudate_loss").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-# Pages whose examples test_loops, test_nnunet, test_recipe_idrid and test_start run.
-OWN_TESTS = {"loops", "nnunet", "photographs", "start"}
+# Pages whose examples test_configuration, test_loops, test_nnunet, test_recipe_idrid and test_start run.
+OWN_TESTS = {"configuration", "loops", "nnunet", "photographs", "start"}
 MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "features", "labels", "pull"}
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {

@@ -21,7 +21,7 @@ from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pull import Pull
 
 if TYPE_CHECKING:  # not in Python 3.10
-    from typing import Self
+    pass
 
 # Training calls in which features given by hand are differentiated for a Pull: each of the first, then every so many.
 OFTEN, SELDOM = 100, 20
@@ -305,7 +305,7 @@ class CombinedExudateLoss(MaskLoss):
         alpha: float | Pull = 0.0,
         beta: float | Pull = Pull(1.0),
         *,
-        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        supervised: Callable[[Tensor, Tensor], Any] | None = None,
         density: PatchDensityContrastLoss | None = None,
         edge: PatchEdgeContrastLoss | None = None,
         classes: Sequence[int] | None = None,
@@ -341,11 +341,11 @@ class CombinedExudateLoss(MaskLoss):
     def paper(
         cls,
         *,
-        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
-    ) -> "Self":
+    ) -> "CombinedExudateLoss":
         """The criterion with the weights of the paper's first version: supervised + 0.02 density + 0.1 edge.
 
         On IDRiD they lowered F1 in every run (docs/results.md).
@@ -376,11 +376,11 @@ class CombinedExudateLoss(MaskLoss):
     def hecl(
         cls,
         *,
-        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
-    ) -> "Self":
+    ) -> "CombinedExudateLoss":
         """The criterion with the options of the authors' published code: supervised + 0.01 (density + edge).
 
         Density: 5 x 5 patches, dense from a lesion fraction of 0.3; the 3 densest against the 3 sparsest of the batch.
@@ -433,11 +433,11 @@ class CombinedExudateLoss(MaskLoss):
     def weak_edge(
         cls,
         *,
-        supervised: Callable[[Tensor, Tensor], Tensor] | None = None,
+        supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
         features: FeatureTap | None = None,
-    ) -> "Self":
+    ) -> "CombinedExudateLoss":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
         Deprecated: CombinedExudateLoss() sets the weight itself, whatever the network and the supervised loss.

@@ -57,6 +57,8 @@ class Pull:
     def __post_init__(self) -> None:
         _checks.check_number("times", self.times, 0)
         _checks.check_integer("warm_up", self.warm_up, 0)
+        object.__setattr__(self, "times", _checks.plain_option(self.times))
+        object.__setattr__(self, "warm_up", _checks.plain_option(self.warm_up))
 
 
 def new_state() -> dict[str, Tensor]:

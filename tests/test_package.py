@@ -19,7 +19,7 @@ MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "featur
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
-    "features": {"graph"},
+    "features": {"graph", "probe"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
     "_terms": {"_options", "masks"} | MIDDLE - {"features"},

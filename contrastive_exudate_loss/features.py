@@ -2,18 +2,23 @@
 
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
 
-from contrastive_exudate_loss import graph
+from contrastive_exudate_loss import _checks, graph, probe
 from contrastive_exudate_loss.norms import Recorded
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+# A way from the main logits to the criterion's is probed once, or so often: a random permutation of two images leaves
+# them alone in every second batch.
+_LOOKS_AT_AN_INDEX = 8
 _DATA_PARALLEL = (
     "model must not be nn.DataParallel, whose replicas leave no features behind; use DistributedDataParallel, and tap "
     "the model inside"
@@ -28,7 +33,7 @@ class FeatureTap:
     linear layer that has a 4-D input of at least two channels.
     The features are those of the model's last forward pass: call the criterion before the next one.
     Tap before torch.compile; then give layer, or run one eager training step first.
-    Copies and pickles of a tapped model are untapped.
+    Copies and pickles of a tapped model are untapped, and the model itself is when nobody holds the tap any more.
 
     Args:
         model: the network, called as model(images); not wrapped in nn.DataParallel.
@@ -53,31 +58,35 @@ class FeatureTap:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise ValueError(_DATA_PARALLEL)
+        given = None if layer is None else _found(model, layer)
         self._features: Tensor | None = None
         self._layer_name: str | None = None
         self._closed = False
         self._taken = False
         self._running = False
+        self._ran = False  # whether the model's last forward pass came to its end
         self._runs = 0
-        self._made: Node | None = None  # what made the model's main logits
         self.measures = False  # whether to write down the norm of the gradient at the layer's input, for a Pull
         self.norm = torch.zeros(2)  # number of backward passes, and the norm in the last
         self._given: Tensor | None = None  # the layer's input in the last forward pass
         self._records = False  # whether the layer got a recorded copy of it
+        self._main: GradientEdge | None = None  # where the model's main logits were made
+        self._looks: dict[Any, int] = {}  # how often to look again at a way
         self._chooses = layer is None
+        self._model = weakref.ref(model)
         self._seen: dict[Node, graph.Run] = {}
-        self._handles = [
-            model.register_forward_pre_hook(_Hook(self._begin)),
-            model.register_forward_hook(_Hook(self._end)),
-        ]
-        if layer is None:
-            self._watchers = {
-                name: module.register_forward_hook(_Hook(self._watching(name)), with_kwargs=True)
-                for name, module in _tappable(model)
-            }
+        self._handles = {
+            "begin": model.register_forward_pre_hook(_Hook(self, FeatureTap._begin)),
+            "end": model.register_forward_hook(_Hook(self, FeatureTap._end)),
+        }
+        self._watchers: dict[str, RemovableHandle] = {}
+        weakref.finalize(self, _remove, self._handles, self._watchers).atexit = False
+        if given is None:
+            for name, module in _tappable(model):
+                watch = _Hook(self, FeatureTap._watch, name)
+                self._watchers[name] = module.register_forward_hook(watch, with_kwargs=True)
         else:
-            self._watchers = {}
-            self._keep_input_of(*_found(model, layer))
+            self._keep_input_of(*given)
 
     @property
     def features(self) -> Tensor:
@@ -90,6 +99,13 @@ class FeatureTap:
                 "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; for "
                 "deep supervision give the criterion the list of logits, and the wrapper that weighs them as "
                 "supervised="
+            )
+        if self._features is None and self._layer_name is not None and self._ran:
+            raise RuntimeError(
+                f"the tap has no features: its model has run, but layer {self._layer_name!r}, as it was when it was "
+                "tapped, has not; where another took its place since (a new head, PEFT's modules_to_save), or the "
+                "model was compiled before, make a new FeatureTap(model); where the model leaves this layer out, give "
+                "FeatureTap(model, layer=NAME) another"
             )
         if self._features is None:
             raise RuntimeError(
@@ -118,16 +134,14 @@ class FeatureTap:
     def drop(self) -> None:
         """Let the features go, if there are any: a criterion had no use for them."""
         self._taken = self._taken or self._features is not None
-        self._features = self._made = None
+        self._features = self._main = None
         if not self.measures:  # or a criterion is going to ask for it
             self._given = None
 
     def close(self) -> None:
         """Remove the hooks and drop the features: the model is as it was."""
-        for handle in (*self._handles, *self._watchers.values()):
-            handle.remove()
-        self._handles, self._watchers = [], {}
-        self._features = self._made = self._given = None
+        _remove(self._handles, self._watchers)
+        self._features = self._main = self._given = None
         self._closed = True
         self._seen.clear()
 
@@ -144,27 +158,30 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = dict.fromkeys(("_features", "_made", "_given")) | {"_handles": [], "_watchers": {}, "_seen": {}}
-        return self.__dict__ | untapped | {"_closed": True}
+        untapped = dict.fromkeys(("_features", "_main", "_given", "_model"))
+        empty: dict[str, Any] = {name: {} for name in ("_handles", "_watchers", "_seen", "_looks")}
+        return self.__dict__ | untapped | empty | {"_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features = self._made = self._given = None
-        self._taken, self._running, self._runs, self._records = False, True, 0, False
+        self._features = self._main = self._given = None
+        self._taken, self._running, self._ran, self._runs, self._records = False, True, False, 0, False
         self._seen.clear()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if _recomputing():
             return
-        self._running = False
+        self._running, self._ran = False, True
         if torch.compiler.is_compiling():
             return
         with contextlib.suppress(ValueError):  # the output of a model whose layer was given may be anything
-            self._made = _main_logits(output).grad_fn
-        if self._watchers and torch.is_grad_enabled():
+            main = _main_logits(output)
+            if main.grad_fn is not None:
+                self._main = GradientEdge(main.grad_fn, main.output_nr)
+        if self._layer_name is None and torch.is_grad_enabled():
             try:
                 self._choose(model, output)
             except ValueError:
@@ -172,25 +189,23 @@ class FeatureTap:
                 raise
             self._seen.clear()
 
-    def _watching(self, name: str) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._running or torch.compiler.is_compiling():
-                return
-            given = _first_tensor(args, kwargs)
-            if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
-                self._seen[output.grad_fn] = graph.Run(name, module, given, _channels_second(module, given))
-
-        return watch
+    def _watch(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._running or torch.compiler.is_compiling():
+            return
+        given = _first_tensor(args, kwargs)
+        if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
+            self._seen[output.grad_fn] = graph.Run(name, module, given, _channels_second(module, given))
 
     def _choose(self, model: nn.Module, output: Any) -> None:
         logits = _main_logits(output)
         if logits.grad_fn is None:
             return
-        built = [name for name, _ in _tappable(model) if name not in self._watchers]
-        if built:
+        new = [name for name, module in _tappable(model) if not _has(module, self._watchers.get(name))]
+        if new:
             raise ValueError(
-                f"model must have all its layers before it is tapped, but built {', '.join(map(repr, built))} while it "
-                "ran; run it once, then make the FeatureTap"
+                f"model must have all its layers before it is tapped, but {', '.join(map(repr, new))} came later, put "
+                "in by hand or by PEFT, or built while the model ran; now that it has them, make a new "
+                "FeatureTap(model)"
             )
         found = graph.nearest_layers(logits.grad_fn, self._seen)
         names = sorted({run.name for run in found})
@@ -205,16 +220,14 @@ class FeatureTap:
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
             )
         name, module, given, features = found[0]
-        for handle in self._watchers.values():
-            handle.remove()
-        self._watchers = {}
+        _remove(self._watchers)
         self._keep_input_of(name, module)
         self._features, self._given = features, given
         self._runs = sum(module is run.layer for run in self._seen.values())
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
         self._layer_name = name
-        self._handles.append(layer.register_forward_pre_hook(_Hook(self._keep), with_kwargs=True))
+        self._handles["layer"] = layer.register_forward_pre_hook(_Hook(self, FeatureTap._keep), with_kwargs=True)
 
     def _keep(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _recomputing():
@@ -222,9 +235,12 @@ class FeatureTap:
         given = _first_tensor(args, kwargs)
         if given is None or given.dim() != 4:
             got = "no tensor" if given is None else str(tuple(given.shape))
+            remedy = graph.IMAGES_ALONE if given is not None and given.dim() == 5 else "choose another"
             raise ValueError(
-                f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; choose another"
+                f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; {remedy}"
             )
+        if not self._running:
+            self._main = None  # of a pass whose features these are not
         self._features, self._given = _channels_second(layer, given), given
         self._runs = self._runs + 1 if self._running else 1
         if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
@@ -269,60 +285,152 @@ def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:
     """What tap.take() gives, for a criterion on these logits.
 
     Raises:
-        ValueError: the features require no gradient while the logits do, or the logits do not belong to them as far as
-            the autograd graph tells.
+        ValueError: the features require no gradient while the logits do, or the logits do not belong to them, by their
+            number or as far as the autograd graph tells.
         RuntimeError: the tap has nothing to give.
     """
     features = tap.features
-    if torch.is_grad_enabled() and logits.requires_grad and not features.requires_grad:
-        raise ValueError(
-            f"features from the tap must require a gradient like logits, got features without one from {tap}; where "
-            "the model has run again without gradients, call the criterion before that; a checkpointed layer needs "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False); where everything before the last layer is "
-            "frozen the terms can train nothing: set alpha = beta = 0; where this is not the layer that makes the "
-            "logits, give FeatureTap(model, layer=NAME)"
-        )
     if not torch.compiler.is_compiling():
-        _check_origin(tap, logits.grad_fn, features.grad_fn)
-    return tap.take()
+        _check_origin(tap, logits, features)
+    check_gradient(features, logits, tap)
+    tap.drop()  # and what a checkpoint may have recomputed for the probe
+    return features
 
 
-def _check_origin(tap: FeatureTap, logits: Node | None, features: Node | None) -> None:
-    """Raise unless the features are those behind the logits, as far as the autograd graph tells."""
-    if logits is None or features is None:
+def check_gradient(features: Tensor, logits: Tensor, tap: FeatureTap | None = None) -> None:
+    """Raise unless the features, from a tap or given by hand, require a gradient where the logits do."""
+    if not torch.is_grad_enabled() or not logits.requires_grad or features.requires_grad:
         return
-    if not graph.of_one_pass(logits, features):
+    frozen = "where everything before the last layer is frozen the terms can train nothing: set alpha = beta = 0"
+    if tap is None:
         raise ValueError(
-            f"logits must come from the model's last forward pass, like the features of {tap}, got those of another; "
-            "call the criterion before the next pass, or give it features yourself"
+            "features must require a gradient like logits, or the terms train nothing, got features without one; give "
+            f"them as the model made them, neither detached nor under torch.no_grad(); {frozen}"
         )
-    if tap._made is None:
-        return
-    if tap._made not in graph.nodes_behind(logits):
-        if tap._chooses:
+    raise ValueError(
+        f"features from the tap must require a gradient like logits, got features without one from {tap}; where "
+        "the model has run again without gradients, call the criterion before that; a checkpointed layer needs "
+        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False); {frozen}; where this is not the layer that "
+        "makes the logits, give FeatureTap(model, layer=NAME)"
+    )
+
+
+def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
+    """Raise unless the features are those behind the logits, as far as numbers and the autograd graph tell."""
+    made, main = logits.grad_fn, tap._main
+    since = [] if made is None or main is None else graph.nodes_since(main.node, made)
+    origin = main if main is not None and main.node in since else None
+    if made is not None and origin is None:
+        if features.grad_fn is not None and not graph.of_one_pass(made, features.grad_fn):
+            raise ValueError(
+                f"logits must come from the model's last forward pass, like the features of {tap}, got those of "
+                "another; call the criterion before the next pass, or give it features yourself"
+            )
+        if tap._chooses and main is not None and main.node not in graph.nodes_behind(made):
             raise ValueError(
                 f"logits must be made from the model's main ones, for which the tap chose its layer, got others; give "
                 f"FeatureTap(model, layer=NAME) the layer that makes these, in place of {tap}"
             )
-    elif graph.is_cut(logits, tap._made):
+    if logits.shape[0] != features.shape[0]:
+        remedy = "call the criterion after each pass, on the logits of that pass"
+        if logits.shape[0] < features.shape[0]:
+            remedy = (
+                "where only the first n images have a target, give their features: "
+                "criterion(logits, target, criterion.tap.take()[:n])"
+            )
         raise ValueError(
-            "logits must not be cut out of what the tapped model gave, since its features are not; where images are "
-            "padded, pad the target too, with ignore_index, or give the criterion features that are cut alike"
+            f"logits must be of all {features.shape[0]} images of the model's last forward pass, like the features of "
+            f"{tap}, got those of {logits.shape[0]}; {remedy}"
         )
+    if origin is not None and made is not origin.node and _checks.may_read(logits):
+        _check_way(tap, logits, origin, since)
+
+
+def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Sequence[Node]) -> None:
+    """Raise unless the logits show each image and pixel where the main ones do; looks at ways that are new alone."""
+    way = logits.shape, probe.shape_of(main), graph.signature(since)
+    looks = tap._looks.get(way)
+    if looks == 0:
+        return
+    steps = graph.steps_between(main.node, since)
+    if tap._chooses:
+        _check_layers(tap, steps)
+    if not probe.keeps_places(logits, main, steps):
+        raise ValueError(
+            "logits must show each image and pixel where the tapped model's own logits show it, resized at most, but "
+            "since then these were cut, padded, flipped, reordered or put together, which the tapped features were "
+            "not; call the criterion before that, or give it features that were treated alike; where images are "
+            "padded, pad the target too, with ignore_index"
+        )
+    tap._looks[way] = (_LOOKS_AT_AN_INDEX if graph.has_index(steps) else 1) - 1 if looks is None else looks - 1
+
+
+def _check_layers(tap: FeatureTap, steps: Iterable[Node]) -> None:
+    """Raise if a layer with parameters lies between the main logits and those of the criterion."""
+    model = tap._model()
+    for step in steps:
+        for parameter in graph.parameters_of(step):
+            names = () if model is None else model.named_parameters()
+            name = next((name.rpartition(".")[0] for name, other in names if other is parameter), None)
+            if name is None:
+                which, remedy = "a layer outside of the tapped model", "tap a model that holds it"
+            else:
+                which, remedy = f"layer {name!r}", f"make the tap FeatureTap(model, layer={name!r})"
+            raise ValueError(
+                f"logits must be the model's main ones, its first output, for which the tap chose its layer, but "
+                f"{which} makes these from that, as in a model that returns (features, logits); {remedy}, in place of "
+                f"{tap}, or give the criterion the features yourself"
+            )
 
 
 class _Hook:
-    """A hook that stays behind when its model is copied or pickled."""
+    """A hook that does not keep its tap alive, and that stays behind when its model is copied or pickled.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    Args:
+        tap: whose method the hook calls; None calls nothing.
+        method: called as method(tap, *first, *what torch gives a hook).
+        first: its first arguments.
+    """
+
+    def __init__(self, tap: FeatureTap | None, method: Callable[..., Any], *first: Any) -> None:
+        self.tap = _nobody if tap is None else weakref.ref(tap)
+        self.method = method
+        self.first = first
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        tap = self.tap()
+        return None if tap is None else self.method(tap, *self.first, *args)
+
+    def __deepcopy__(self, copied: dict[int, Any]) -> "_Hook":
+        return _Hook(None, self.method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What takes any arguments, returns None and unpickles where this package is not installed.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # torch.jit.script asks for it, to translate the hook
+            raise AttributeError(
+                "a tapped model and its copies cannot be scripted: call tap.close(), then copy, then torch.jit.script"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _nobody() -> None:
+    """A weak reference to a tap that never was."""
+
+
+def _remove(*several: dict[str, RemovableHandle]) -> None:
+    """Remove the hooks, and their handles from the dictionaries."""
+    for handles in several:
+        for handle in handles.values():
+            handle.remove()
+        handles.clear()
+
+
+def _has(module: nn.Module, handle: RemovableHandle | None) -> bool:
+    """Whether a forward hook is this module's: another module may have taken the place of the one that was hooked."""
+    return handle is not None and handle.hooks_dict_ref() is module._forward_hooks
 
 
 def _tappable(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,12 +1,13 @@
 """Walks back through the autograd graph: which layers made the logits, and what was done to them since."""
 
 import collections
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+
+IMAGES_ALONE = "the terms are for 2-D images: train a 2-D network, on slices of the volumes, or leave the terms out"
 
 
 class Run(NamedTuple):
@@ -69,6 +70,8 @@ def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
                     "features to the criterion yourself, as (B, C, h, w)"
                 )
         elif node.name() == "ConvolutionBackward0":
+            if _axes(node) == 5:
+                raise ValueError(f"model must make its logits from images, but does from volumes; {IMAGES_ALONE}")
             raise ValueError(
                 "model must make its logits with a layer that can be tapped (torch.nn.Conv2d, ConvTranspose2d or "
                 "Linear), but a convolution that is none of these makes them; give FeatureTap(model, layer=NAME) the "
@@ -90,17 +93,64 @@ def of_one_pass(logits: Node, features: Node) -> bool:
     return not set(nodes_behind(features)).isdisjoint(nodes_behind(logits))
 
 
-def is_cut(logits: Node, made: Node) -> bool:
-    """Whether rows or columns were cut off between the model's output, made by a node, and the logits."""
-    since = list(itertools.takewhile(lambda node: node is not made, nodes_behind(logits)))
-    turned = any(node.name().startswith(("Permute", "Transpose")) for node in since)
-    return not turned and any(_cuts(node) for node in since)
+def nodes_since(main: Node, logits: Node) -> list[Node]:
+    """The nodes from which the logits are computed, nearest first, that are no older than the one that made main.
+
+    That one is among them if the logits are made from main: nodes are numbered as they are made, parameters' last, so
+    behind an older one there is no way to it.
+    """
+    nodes: list[Any] = [logits]
+    visited: set[Node | None] = {logits, None}
+    oldest = _number(main)
+    for node in nodes:  # which grows
+        if node._sequence_nr() > oldest:
+            for following, _ in node.next_functions:
+                if following not in visited:
+                    visited.add(following)
+                    nodes.append(following)
+    return nodes
 
 
-def _cuts(node: Any) -> bool:
-    """Whether a node gives some of the rows or columns, next to one another; Node's type lacks what it has saved."""
-    if node.name() != "SliceBackward0" or node._saved_step != 1:
-        return False
-    axes = len(node._saved_self_sym_sizes)
-    # Counted from the end they are unsigned here.
-    return node._saved_dim in (axes - 2, axes - 1, 2**64 - 2, 2**64 - 1)
+def signature(nodes: Sequence[Node]) -> tuple[Any, ...]:
+    """What tells walks apart: the nodes' names and how they hang together."""
+    place: dict[Node | None, int] = {node: number for number, node in enumerate(nodes)}
+    return tuple([(node.name(), *[place.get(following) for following, _ in node.next_functions]) for node in nodes])
+
+
+def steps_between(main: Node, nodes: Iterable[Node]) -> list[Node]:
+    """Those of the nodes since main through which the logits are made from it, each before those it is made of."""
+    made_from_main = {main}
+    for node in sorted(nodes, key=_number):
+        if any(following in made_from_main for following, _ in node.next_functions):
+            made_from_main.add(node)
+    return sorted(made_from_main - {main}, key=_number, reverse=True)
+
+
+def has_index(steps: Iterable[Node]) -> bool:
+    """Whether a step takes what indices say, which may be others in the next batch."""
+    return any(step.name().startswith(("Index", "Gather", "Take")) for step in steps)
+
+
+def parameters_of(step: Node) -> list[Tensor]:
+    """The parameters that a convolution or a matrix product takes directly or after a cast or a transposition."""
+    if not step.name().startswith(("Convolution", "Addmm", "Mm", "Linear", "Bmm", "Baddbmm")):
+        return []
+    found = []
+    for following, _ in step.next_functions:
+        node: Any = following
+        while node is not None and node.name().startswith(("ToCopy", "TBackward", "Transpose")):
+            node = node.next_functions[0][0]
+        if node is not None and node.name().endswith("AccumulateGrad"):
+            found.append(node.variable)
+    return found
+
+
+def _axes(node: Any) -> int:
+    """How many axes a node's output has; Node's type lacks it."""
+    return len(node._input_metadata[0].shape)
+
+
+def _number(node: Any) -> int:
+    """When a node was made; Node's type lacks it."""
+    number: int = node._sequence_nr()
+    return number

@@ -14,7 +14,7 @@ from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap, layer_input, taken_features
+from contrastive_exudate_loss.features import FeatureTap, check_gradient, layer_input, taken_features
 from contrastive_exudate_loss.labels import flat_index, masks_of
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
@@ -260,8 +260,9 @@ class CombinedExudateLoss(MaskLoss):
         edge: None is PatchEdgeContrastLoss(ignore_index=ignore_index).
         ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
             the lesions of a 0/255 mask would all be ignored.
-        features: a FeatureTap on the model, which then gives the features; features given to a call win over it.
-            It stands as the attribute tap, which copies of the criterion lose and can be given anew.
+        features: the model, which is then tapped, or a FeatureTap on it, which gives the features; features given to
+            a call win over it. The tap stands as the attribute tap, which copies of the criterion lose; it can be set
+            to a model or a FeatureTap.
 
     Shape:
         - logits: (B, K, H, W), floating.
@@ -310,7 +311,7 @@ class CombinedExudateLoss(MaskLoss):
         edge: PatchEdgeContrastLoss | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
-        features: FeatureTap | None = None,
+        features: FeatureTap | nn.Module | None = None,
     ) -> None:
         super().__init__(ignore_index)
         for name, weight in (("alpha", alpha), ("beta", beta)):
@@ -321,8 +322,12 @@ class CombinedExudateLoss(MaskLoss):
         self.classes = _checks.plain_option(classes)
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
         self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
-        self.tap = features
+        self.tap: FeatureTap | None = features  # type: ignore[assignment] # __setattr__ taps a model
         self._check_changed_options()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a model for a part of the criterion.
+        super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -333,8 +338,8 @@ class CombinedExudateLoss(MaskLoss):
             raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
         if tap is not None and not isinstance(tap, FeatureTap):
             raise TypeError(
-                f"features must be None or a FeatureTap, got {type(tap).__name__}; give a tensor of features to each "
-                "call instead"
+                f"features must be None, a model or a FeatureTap, got {type(tap).__name__}; give a tensor of features "
+                "to each call instead"
             )
 
     @classmethod
@@ -344,7 +349,7 @@ class CombinedExudateLoss(MaskLoss):
         supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
-        features: FeatureTap | None = None,
+        features: FeatureTap | nn.Module | None = None,
     ) -> "CombinedExudateLoss":
         """The criterion with the weights of the paper's first version: supervised + 0.02 density + 0.1 edge.
 
@@ -379,7 +384,7 @@ class CombinedExudateLoss(MaskLoss):
         supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
-        features: FeatureTap | None = None,
+        features: FeatureTap | nn.Module | None = None,
     ) -> "CombinedExudateLoss":
         """The criterion with the options of the authors' published code: supervised + 0.01 (density + edge).
 
@@ -436,7 +441,7 @@ class CombinedExudateLoss(MaskLoss):
         supervised: Callable[[Tensor, Tensor], Any] | None = None,
         classes: Sequence[int] | None = None,
         ignore_index: int | None = None,
-        features: FeatureTap | None = None,
+        features: FeatureTap | nn.Module | None = None,
     ) -> "CombinedExudateLoss":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
@@ -689,9 +694,11 @@ class CombinedExudateLoss(MaskLoss):
         elif features is None and needed:
             raise ValueError(
                 "features must be given, as criterion(logits, target, features) or by "
-                "CombinedExudateLoss(features=FeatureTap(model)), got None; copies of a criterion are untapped: set "
-                "criterion.tap = FeatureTap(model)"
+                "CombinedExudateLoss(features=model), got None; copies of a criterion are untapped: set "
+                "criterion.tap = model"
             )
+        if features is not None and needed:
+            check_gradient(features, logits)
         return features if needed else None
 
     def _given_supervised(self, supervised: Callable[..., Any], logits: Any, target: Any) -> Tensor:

@@ -70,7 +70,7 @@ OPTIONS = [
     ((Combined,), {"edge": 0.1}, TypeError, "edge must be None or a PatchEdgeContrastLoss, got float"),
     ((Combined,), {"edge": Edge(), "ignore_index": -1}, ValueError, "edge must have ignore_index=-1 like the criterion"),
     ((Combined,), {"density": Density(ignore_index=2), "ignore_index": -1}, ValueError, "density must have ignore_index=-1"),
-    ((Combined,), {"features": torch.ones(1, 2, 4, 4)}, TypeError, "features must be None or a FeatureTap, got Tensor"),
+    ((Combined,), {"features": torch.ones(1, 2, 4, 4)}, TypeError, "features must be None, a model or a FeatureTap, got Tensor"),
 ]  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def test_the_five_least_wrong_values_are_shown():
 
 
 def test_missing_features_are_named():
-    with pytest.raises(ValueError, match=r"features must be given, .*FeatureTap"):
+    with pytest.raises(ValueError, match=r"features must be given, .*features=model.*criterion.tap = model"):
         Combined.paper()(LOGITS, MASK)
 
 
@@ -228,7 +228,7 @@ def test_weights_are_checked_when_set(name):
         (None, "edge", None, "edge must be None or a PatchEdgeContrastLoss, got NoneType"),
         (None, "density", Edge(), "density must be None or a PatchDensityContrastLoss, got PatchEdgeContrastLoss"),
         (None, "supervised", 3, "supervised must be None or callable as (logits, target), got 3"),
-        (None, "tap", torch.nn.Conv2d(2, 2, 1), "features must be None or a FeatureTap, got Conv2d"),
+        (None, "tap", torch.ones(1), "features must be None, a model or a FeatureTap, got Tensor"),
         (None, "ignore_index", 255, "density must have ignore_index=255 like the criterion, got None"),
     ],
 )

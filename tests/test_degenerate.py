@@ -93,6 +93,7 @@ def test_gradients_of_half_features_survive_a_grad_scaler():
 
 def test_nan_features_make_the_loss_nan():
     logits, target, features = batch()
-    features = features.detach()
+    features = features.detach().clone()
     features[0, 0, 8, 8] = math.nan
+    features.requires_grad_()
     assert CombinedExudateLoss.paper()(logits, target, features).isnan()

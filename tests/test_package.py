@@ -21,7 +21,7 @@ MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "featur
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
-    "features": {"graph", "norms"},
+    "features": {"graph", "norms", "probe"},
     "pull": {"norms"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},

@@ -1,7 +1,7 @@
-"""What the contrastive terms change: one small U-Net trained with plain BCE and with CombinedExudateLoss.
+"""What the edge term changes: one small U-Net trained with BCE, with Dice + BCE, and with CombinedExudateLoss on these.
 
-Both begin with the same weights and see the same crops in the same order.
-Unless --alpha and --beta say otherwise, the weights are those of CombinedExudateLoss.weak_edge().
+All three begin with the same weights and see the same crops in the same order.
+Unless --alpha and --beta say otherwise, the weights are the constructor's: the edge term sets its own.
 Without --data the photographs are drawn (data/synthetic.py); with it they are IDRiD's (data/idrid.py).
 Prints a table, and writes one PNG and, if asked, the figures as JSON.
 
@@ -13,13 +13,14 @@ Prints a table, and writes one PNG and, if asked, the figures as JSON.
     python benchmarks/train.py --eval-only networks.pt --images photographs --masks lesions
 
 With torchrun each process trains on its share of every batch, the contrast is over the whole, and the first process
-evaluates and writes. With group norm the loss curve is that of one process, to rounding; batch norm takes the
-statistics of each share.
+evaluates and writes. With group norm the loss curve of BCE is that of one process, to rounding; batch norm takes the
+statistics of each share, and Dice is that of each share.
 
 With --eval-only nothing is trained: the networks that --save has written are judged on other photographs, reduced like
 --data's. A photograph without a mask counts as without lesion.
 
 F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
+Small-lesion recall is the share of all lesions under 25 pixels that the prediction touches.
 Seconds per step (median and quartiles) are of forward, loss, backward and optimiser, not of cutting the crops out.
 The loss's share of a step is measured on further steps, after the training and the evaluation: see loss_share in
 measure/cost.py. Peak memory is that of the training steps: see PeakMemory there.
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 from data.folders import paired_files
 from data.idrid import DataError, Files, read_samples, split_files
 from data.samples import Sample, random_batch
@@ -54,7 +56,7 @@ from training.saved import evaluation_table, lesion_metrics, save, saved_network
 from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 TRAINING_IMAGES, HELD_OUT_IMAGES = 48, 20
-ARMS = ("BCE", "BCE + contrast")
+ARMS = BCE, DICE, CONTRAST = "BCE", "Dice + BCE", "Dice + BCE + contrast"
 PRIOR_LOGIT = -4.0
 NORM_GROUPS = 8
 LEARNING_RATE = 1e-3
@@ -81,9 +83,10 @@ def _compared(options: argparse.Namespace) -> int:
     if rank():
         return 0
     print(table(arms, data))
-    print(f"{ARMS[1]}: alpha {options.alpha:g}, beta {options.beta:g}; {options.steps} steps")
+    criterion = _contrastive(options)
+    print(f"{CONTRAST}: alpha {criterion.alpha}, beta {criterion.beta}; {options.steps} steps")
     f1 = {name: arm.scores.f1 for name, arm in arms.items()}
-    write_picture(options.output, data.held_out, predicted, f1, _contrastive(options))
+    write_picture(options.output, data.held_out, predicted, f1, criterion)
     print(f"picture: {options.output}")
     if options.json is not None:
         options.json.write_text(json.dumps(figures(options, data, arms), indent=2) + "\n")
@@ -118,8 +121,9 @@ def _trained(
     name: str, model: nn.Module, options: argparse.Namespace, data: Data
 ) -> tuple[Arm, list[Tensor], dict[str, Tensor]]:
     """What one training gave, its held-out lesion probabilities, and the weights behind them."""
-    tap = None if name == ARMS[0] else FeatureTap(model)
-    criterion = nn.BCEWithLogitsLoss() if tap is None else _contrastive(options, tap)
+    tap = FeatureTap(model) if name == CONTRAST else None
+    plain: dict[str, Callable[..., Tensor]] = {BCE: nn.BCEWithLogitsLoss(), DICE: dice_and_bce}
+    criterion = plain[name] if tap is None else _contrastive(options, tap)
     step = _training_step(averaging_gradients(model), criterion, options.steps)
     batches = _batches(data.train, options)
     memory, seconds, losses = PeakMemory(options.device), [], []
@@ -152,10 +156,18 @@ def _network(seed: int, norm: str) -> nn.Module:
     return model
 
 
+def dice_and_bce(logits: Tensor, target: Tensor) -> Tensor:
+    """segmentation-models-pytorch's Dice plus BCE."""
+    dice: Tensor = smp.losses.DiceLoss("binary")(logits, target)
+    return dice + F.binary_cross_entropy_with_logits(logits, target)
+
+
 def _contrastive(options: argparse.Namespace, tap: FeatureTap | None = None) -> CombinedExudateLoss:
+    """Dice + BCE with the terms, at the constructor's weights where the options give none."""
+    weights = {name: getattr(options, name) for name in ("alpha", "beta") if getattr(options, name) is not None}
     return CombinedExudateLoss(
-        options.alpha,
-        options.beta,
+        **weights,
+        supervised=dice_and_bce,
         density=PatchDensityContrastLoss(options.patch_size, gather_distributed=True),
         edge=PatchEdgeContrastLoss(options.patch_size, gather_distributed=True),
         features=tap,

@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
@@ -132,20 +131,6 @@ def test_the_reference_has_every_public_name(name):
         or f".. autofunction:: {name}\n" in page
         or (name == "__version__" and f"`{name}`" in page)
     )
-
-
-def test_the_figures_of_the_recorded_runs_are_shown():
-    page = (ROOT / "docs/results-tables.md").read_text()
-    recorded = [
-        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("train-cpu", "train-cpu-paper")
-    ]
-    (bce, weak), (same, paper) = (run["arms"].values() for run in recorded)
-    for name, metric in (("F1", "f1"), ("IoU", "iou"), ("average precision", "average_precision")):
-        assert bce[metric] == same[metric]
-        shown = (f"{arm[metric]:.3f}" for arm in (bce, weak, paper))
-        assert f"| {name} | {' | '.join(shown)} |" in page
-    shares = (f"{100 * arm['loss_share']:.1f} %" for arm in (bce, weak, paper))
-    assert f"| the loss's share of a step | {' | '.join(shares)} |" in page
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

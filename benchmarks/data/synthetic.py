@@ -54,8 +54,8 @@ def _fundus(index: int, random: Random) -> Sample:
     lesion = np.zeros((SIDE, SIDE), bool)
     if index % HEALTHY_EVERY != HEALTHY_EVERY - 1:
         lesion, opacity = _exudates(disc, random)
-        picture = _painted(picture, EXUDATE, opacity, random.uniform(0.3, 0.85))
-    picture = np.asarray(picture * _field_of_view() + random.normal(0, 7, picture.shape), np.float32)
+        picture = _painted(picture, EXUDATE, opacity, random.uniform(0.6, 0.95))
+    picture = np.asarray(picture * _field_of_view() + random.normal(0, 4, picture.shape), np.float32)
     pixels = np.flip(picture, 1) if random.random() < 0.5 else picture
     mask = np.flip(lesion, 1) if pixels is not picture else lesion
     image = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
@@ -117,7 +117,7 @@ def _exudates(disc: tuple[float, float], random: Random) -> tuple[npt.NDArray[np
     """Where the exudates are, sharp, and how opaque they look: blurred, large ones more than small ones."""
     lesion, opacity = np.zeros((SIDE, SIDE), bool), np.zeros((SIDE, SIDE), np.float32)
     clusters = [_place(random) for _ in range(random.integers(1, 4))]
-    for blur, low, high, most in ((0.7, 1, 4, 50), (1.5, 4, 10, 24), (2.5, 10, LARGEST, 7)):
+    for blur, low, high, most in ((0.5, 1, 4, 50), (1.2, 4, 10, 24), (2.5, 10, LARGEST, 7)):
         layer = Image.new("L", (SIDE, SIDE))
         for _ in range(random.integers(most // 4, most + 1)):
             centre = clusters[random.integers(len(clusters))]

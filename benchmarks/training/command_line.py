@@ -24,7 +24,8 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
 
     Returns:
         data, lesion, size, steps, batch, crop, norm, seed, device, alpha, beta, patch_size, output, json, save,
-        eval_only, images, masks; lesion is None without data, size without data or images.
+        eval_only, images, masks; lesion is None without data, size without data or images, alpha and beta where the
+        constructor's holds.
     """
     parser = argparse.ArgumentParser(description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_options(parser)
@@ -66,14 +67,14 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=whole_number(1), default=300, help="training steps (default: %(default)s)")
+    training.add_argument("--steps", type=whole_number(1), default=600, help="training steps (default: %(default)s)")
     training.add_argument(
         "--batch", type=whole_number(1), default=8, help="crops in a step, of all processes (default: %(default)s)"
     )
     training.add_argument(
         "--crop",
         type=whole_number(16, multiple_of=UNET_STRIDE),
-        default=128,
+        default=64,
         metavar="PIXELS",
         help=f"side of a crop, a multiple of {UNET_STRIDE} (default: %(default)s)",
     )
@@ -90,8 +91,8 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--alpha", type=_weight, default=0.0, help="weight of the density term (default: %(default)s)")
-    loss.add_argument("--beta", type=_weight, default=0.002, help="weight of the edge term (default: %(default)s)")
+    loss.add_argument("--alpha", type=_weight, help="weight of the density term (default: the constructor's, 0)")
+    loss.add_argument("--beta", type=_weight, help="weight of the edge term (default: the constructor's, Pull(1.0))")
     loss.add_argument(
         "--patch-size",
         type=whole_number(1),
@@ -107,7 +108,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=picture_file, default="train.png", metavar="PNG", help="picture (default: %(default)s)"
     )
     output.add_argument("--json", type=writable_file, metavar="FILE", help="file for the figures (default: none)")
-    output.add_argument("--save", type=writable_file, metavar="FILE", help="file for both networks (default: none)")
+    output.add_argument("--save", type=writable_file, metavar="FILE", help="file for the networks (default: none)")
 
 
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:

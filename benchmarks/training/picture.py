@@ -1,4 +1,4 @@
-"""One held-out photograph: truth, predictions, and the patches and contour bands that the loss contrasts."""
+"""A part of one held-out photograph: truth, predictions, and the patches and contour bands that the loss contrasts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,19 +54,28 @@ def dense_patches(lesion: Tensor, criterion: CombinedExudateLoss) -> tuple[Tenso
 
 
 def busiest_window(samples: Sequence[Sample], criterion: CombinedExudateLoss) -> Window:
-    """The square of WINDOW pixels with the most dense patches, then the most lesion pixels; the first without any."""
+    """The square of WINDOW pixels with the most of what the loss compares; the first without any.
+
+    That is dense patches, then lesion pixels, or, where alpha is 0, pixels at the rim of lesions.
+    """
     best, most = Window(0, 0, 0, 1, 1), -1.0
     for index, sample in enumerate(samples):
-        dense, sides = dense_patches(sample.lesion, criterion)
         height, width = sample.lesion.shape
         window = min(WINDOW, height), min(WINDOW, width)
-        # One pixel of a dense patch outweighs all the lesion that a window can hold.
-        weights = at_pixels(dense[None, None], sides, (height, width)).double() * WINDOW**2 + sample.lesion
-        sums = F.avg_pool2d(weights, window, stride=8)[0, 0]
+        sums = F.avg_pool2d(_interest(sample.lesion, criterion), window, stride=8)[0, 0]
         if float(sums.max()) > most:
             most, place = float(sums.max()), int(sums.argmax())
             best = Window(index, 8 * (place // sums.shape[1]), 8 * (place % sums.shape[1]), *window)
     return best
+
+
+def _interest(lesion: Tensor, criterion: CombinedExudateLoss) -> Tensor:
+    """How much each pixel of the (H, W) lesion mask adds to a window's worth, (1, 1, H, W)."""
+    if not criterion.alpha:
+        return inner_contour(lesion[None, None], ~lesion[None, None], 1, "square").double()
+    dense, sides = dense_patches(lesion, criterion)
+    # One pixel of a dense patch outweighs all the lesion that a window can hold.
+    return at_pixels(dense[None, None], sides, (lesion.shape[0], lesion.shape[1])).double() * WINDOW**2 + lesion
 
 
 def write_picture(
@@ -76,12 +85,12 @@ def write_picture(
     f1: Mapping[str, float],
     criterion: CombinedExudateLoss,
 ) -> None:
-    """A PNG of six panels: the photograph, a part of it, its truth, two predictions, and what the loss contrasts.
+    """A PNG of two rows: a part of a photograph, its truth and what the loss contrasts; and the predictions.
 
     Args:
         path: to write to.
         samples: held-out photographs, of which one is shown.
-        predicted: for each of two losses, by name, the (H, W) lesion probabilities of each sample.
+        predicted: for each of at most three losses, by name, the (H, W) lesion probabilities of each sample.
         f1: of each loss, over all the samples.
         criterion: whose patches and contour bands to draw, as far as alpha and beta are not 0.
     """
@@ -89,22 +98,17 @@ def write_picture(
     sample = samples[window.sample]
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).flatten()
-    _show_whole(axes[0], sample, window)
-    _show(axes[1], _photograph(window.cut(sample.image)), "Image (detail)")
-    _show(axes[2], window.cut(sample.lesion).numpy(), "Truth")
-    for panel, name in zip(axes[3:5], predicted, strict=True):
+    above, below = figure.subplots(2, 3)
+    _show(above[0], _photograph(window.cut(sample.image)), f"Held-out image (detail): {sample.name}")
+    _show(above[1], window.cut(sample.lesion).numpy(), "Truth")
+    _show_contrasts(above[2], sample, window, criterion)
+    for panel, name in zip(below, predicted, strict=False):  # earlier saved networks are two
         hits = _comparison(window.cut(predicted[name][window.sample]) > 0.5, window.cut(sample.lesion))
         _show(panel, hits, f"{name}: held-out F1 {f1[name]:.3f}")
-    _show_contrasts(axes[5], sample, window, criterion)
+    for panel in below[len(predicted) :]:
+        panel.axis("off")
     figure.legend(handles=_key(criterion), loc="outside lower center", ncols=6, fontsize=12, frameon=False)
     figure.savefig(path)
-
-
-def _show_whole(panel: Axes, sample: Sample, window: Window) -> None:
-    _show(panel, _photograph(sample.image), f"Held-out image: {sample.name}")
-    corner = window.left - 0.5, window.top - 0.5
-    panel.add_patch(Rectangle(corner, window.width, window.height, fill=False, edgecolor="white", linewidth=1.5))
 
 
 def _show_contrasts(panel: Axes, sample: Sample, window: Window, criterion: CombinedExudateLoss) -> None:

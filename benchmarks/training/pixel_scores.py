@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from data.samples import Sample, network_input
+from measure import lesion_scores
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAveragePrecision, BinaryF1Score, BinaryJaccardIndex
 
@@ -15,11 +17,16 @@ BINS = 1001
 
 
 class Scores(NamedTuple):
-    """F1 and IoU at probability 0.5, and average precision, each over all held-out pixels together; 0 to 1."""
+    """Of all held-out photographs together, 0 to 1; all but average_precision at probability 0.5.
+
+    f1, iou, average_precision: over the pixels.
+    small_recall: share of the lesions under 25 pixels that the prediction touches, 0 where there is none.
+    """
 
     f1: float
     iou: float
     average_precision: float
+    small_recall: float
 
 
 def predictions(model: nn.Module, samples: Sequence[Sample], stride: int, device: torch.device) -> list[Tensor]:
@@ -40,7 +47,7 @@ def predictions(model: nn.Module, samples: Sequence[Sample], stride: int, device
 
 
 def scores(probabilities: Sequence[Tensor], samples: Sequence[Sample], thresholds: int | None = None) -> Scores:
-    """F1, IoU and average precision over the pixels of all samples; without any lesion pixel all three are 0.
+    """The scores of all samples together; without any lesion pixel all are 0.
 
     Args:
         probabilities: (H, W) of each sample, 0 to 1.
@@ -48,7 +55,7 @@ def scores(probabilities: Sequence[Tensor], samples: Sequence[Sample], threshold
         thresholds: None gives the exact average precision, a number that of as many equal bins.
     """
     if not any(sample.lesion.any() for sample in samples):
-        return Scores(0, 0, 0)
+        return Scores(0, 0, 0, 0)
     metrics = (
         BinaryF1Score(sync_on_compute=False),  # other processes, if there are any, have nothing to add
         BinaryJaccardIndex(sync_on_compute=False),
@@ -57,7 +64,15 @@ def scores(probabilities: Sequence[Tensor], samples: Sequence[Sample], threshold
     for probability, sample in zip(probabilities, samples, strict=True):
         for metric in metrics:
             metric.update(probability, sample.lesion.int())
-    return Scores(*(float(metric.compute()) for metric in metrics))
+    found = [
+        lesion_scores.counts(
+            np.asarray(probability > 0.5), np.asarray(sample.lesion), np.zeros(sample.lesion.shape, bool)
+        )
+        for probability, sample in zip(probabilities, samples, strict=True)
+    ]
+    small_recall = float(lesion_scores.metrics(found)["small_recall"])
+    f1, iou, average_precision = (float(metric.compute()) for metric in metrics)
+    return Scores(f1, iou, average_precision, small_recall)
 
 
 def average_precision_thresholds(samples: Sequence[Sample]) -> int | None:

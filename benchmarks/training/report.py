@@ -1,4 +1,4 @@
-"""The figures of the two trainings, as a table to print and as a dictionary to write as JSON."""
+"""The figures of the trainings, as a table to print and as a dictionary to write as JSON."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ CURVE_EVERY = 10
 
 
 class Arm(NamedTuple):
-    """What one of the two trainings gave; memory in bytes, None where it is not measured."""
+    """What one of the trainings gave; memory in bytes, None where it is not measured."""
 
     scores: Scores
     step_seconds: Quartiles
@@ -39,6 +39,7 @@ def table(arms: Mapping[str, Arm], data: Data) -> str:
         ("F1", lambda arm: f"{arm.scores.f1:.3f}"),
         ("IoU", lambda arm: f"{arm.scores.iou:.3f}"),
         ("average precision", lambda arm: f"{arm.scores.average_precision:.3f}"),
+        ("small-lesion recall", lambda arm: f"{arm.scores.small_recall:.3f}"),
         ("seconds per step", lambda arm: "{:.4f} ({:.4f} to {:.4f})".format(*arm.step_seconds)),
         ("loss's share of a step", lambda arm: f"{arm.loss_share:.2%}"),
         ("peak memory, MB", lambda arm: "not measured" if arm.peak_memory is None else f"{arm.peak_memory / 1e6:.0f}"),
@@ -48,7 +49,7 @@ def table(arms: Mapping[str, Arm], data: Data) -> str:
     meaning = next(iter(arms.values())).memory_meaning
     lines.append(f"average precision: {_average_precision(data)}; seconds: median (quartiles); memory: {meaning}")
     if not any(sample.lesion.any() for sample in data.held_out):
-        lines.append("no held-out image shows a lesion, so F1, IoU and average precision stand as 0")
+        lines.append("no held-out image shows a lesion, so F1, IoU, average precision and recall stand as 0")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -46,6 +46,18 @@ def test_the_window_shows_the_most_dense_patches():
     assert window.cut(lesion).sum() == 32 * 32
 
 
+def test_the_window_shows_the_most_rim_where_the_edge_is_contrasted():
+    large, small = empty(400, 500), empty(400, 500)
+    large[100:160, 100:160] = True  # rim: 4 * 59 = 236 pixels
+    small[200:300:10, 300:380:10] = small[200:300:10, 301:381:10] = True
+    small[201:301:10, 300:380:10] = small[201:301:10, 301:381:10] = True  # rim: 80 lesions of 4 pixels
+    samples = [sample_of(empty(400, 500)), sample_of(small), sample_of(large)]
+    window = picture.busiest_window(samples, CombinedExudateLoss())
+    assert window.sample == 1
+    assert window.cut(small).sum() == small.sum()
+    assert picture.busiest_window(samples, CombinedExudateLoss.paper()).sample == 2
+
+
 def test_the_window_is_the_image_where_that_is_small():
     assert picture.busiest_window([sample_of(empty(40, 30))], CombinedExudateLoss.paper()) == (0, 0, 0, 40, 30)
 
@@ -57,7 +69,7 @@ def test_the_picture_is_a_png_that_shows_bands_and_errors(tmp_path, size, with_l
     lesion[4:20, 16:48] = with_lesion
     missed, wrong = torch.zeros(size), (~lesion).float()
     criterion = CombinedExudateLoss(0.02, 0.1, edge=PatchEdgeContrastLoss(inner_radius=5, outer_radius=4))
-    predicted, f1 = {"one": [missed], "other": [wrong]}, {"one": 0.0, "other": 0.1}
+    predicted, f1 = {"one": [missed], "other": [wrong], "third": [missed]}, {"one": 0.0, "other": 0.1, "third": 0.2}
     picture.write_picture(tmp_path / "drawn.png", [sample_of(lesion)], predicted, f1, criterion)
     with Image.open(tmp_path / "drawn.png") as image:
         assert image.format == "PNG"

@@ -43,11 +43,21 @@ def test_scores_count_the_pixels_of_all_images_together():
 
 def test_a_perfect_prediction_scores_1():
     _, lesion = drawn((12, 10), 2)
-    assert pixel_scores.scores([lesion.float()], [sample_of(lesion)]) == (1, 1, 1)
+    assert pixel_scores.scores([lesion.float()], [sample_of(lesion)]) == (1, 1, 1, 1)
 
 
 def test_scores_without_any_lesion_are_0():
-    assert pixel_scores.scores([torch.rand(8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.bool))]) == (0, 0, 0)
+    assert pixel_scores.scores([torch.rand(8, 8)], [sample_of(torch.zeros(8, 8, dtype=torch.bool))]) == (0, 0, 0, 0)
+
+
+def test_small_recall_is_the_share_of_small_lesions_that_are_touched_in_all_images():
+    lesion = torch.zeros(2, 30, 30, dtype=torch.bool)
+    lesion[0, 2, 2] = lesion[0, 6, 4:7] = lesion[1, 20:24, 20:26] = True  # 1, 3 and 24 pixels: small
+    lesion[1, 2:7, 2:7] = True  # 25 pixels: not
+    found = torch.zeros(2, 30, 30)
+    found[0, 6, 6] = found[1, 3:5, 3:5] = 1
+    samples = [sample_of(mask) for mask in lesion]
+    assert pixel_scores.scores(list(found), samples).small_recall == pytest.approx(1 / 3)
 
 
 def test_binned_average_precision_is_near_the_exact_one():

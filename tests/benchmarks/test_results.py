@@ -1,5 +1,6 @@
 """Every figure that README and the pages say of the study is that of its recorded runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -241,6 +242,64 @@ def test_the_page_says_what_the_runs_say_and_no_other_figure():
     assert set(FIGURE.findall(words)) == {"0.002"}  # the weight of the edge term
 
 
+# What the tables call the arms of train.py, and the rows; the loss's share is in percent.
+SYNTHETIC = {
+    "F1": ("f1", 1, ".3f"),
+    "IoU": ("iou", 1, ".3f"),
+    "average precision": ("average_precision", 1, ".3f"),
+    "small-lesion recall": ("small_recall", 1, ".3f"),
+    "the loss's share of a step, %": ("loss_share", 100, ".1f"),
+}
+
+
+def synthetic():
+    """Of train.py's recorded runs each row's values, (arms, seeds)."""
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("train-cpu-*.json"))]
+    assert [run["configuration"]["seed"] for run in runs] == list(range(len(runs)))
+    same = [{**run["configuration"], "seed": 0, "output": "", "json": ""} for run in runs]
+    assert same == same[:1] * len(runs)
+    assert all(list(run["arms"]) == ["BCE", "Dice + BCE", "Dice + BCE + contrast"] for run in runs)
+    assert all(run["configuration"][name] is None for run in runs for name in ("data", "alpha", "beta"))
+    return {
+        row: np.array([[times * run["arms"][arm][name] for run in runs] for arm in runs[0]["arms"]])
+        for row, (name, times, _) in SYNTHETIC.items()
+    }
+
+
+def change(row, values):
+    """What the edge term adds: the mean, and each seed's."""
+    figure = "+" + SYNTHETIC[row][2]
+    each = values[row][2] - values[row][1]
+    return f"{each.mean():{figure}}" + (
+        f" ({', '.join(f'{one:{figure}}' for one in each)})" if len(each) > 1 else " (one seed)"
+    )
+
+
+def synthetic_sentences():
+    """What README says under its picture."""
+    values = synthetic()
+    f1 = [f"{own:.3f}" for own in values["F1"].mean(1)]
+    small = [f"{100 * own:.0f} %" for own in values["small-lesion recall"].mean(1)]
+    return [
+        "F1 is {} with BCE, {} with Dice + BCE and {} with the edge term besides".format(*f1),
+        "{}, {} and {} of the lesions under 25 pixels are found".format(*small),
+        f"The edge term changes F1 by {change('F1', values)}",
+        f"and small-lesion recall by {change('small-lesion recall', values)}",
+    ]
+
+
+def test_the_table_of_the_synthetic_images_is_that_of_the_runs():
+    page = (ROOT / "docs/results-tables.md").read_text()
+    values, shown = synthetic(), []
+    for row, (_, _, figure) in SYNTHETIC.items():
+        cells = [
+            f"{own.mean():{figure}}" + (f" ± {np.std(own, ddof=1):{figure}}" if len(own) > 1 else "")
+            for own in values[row]
+        ]
+        shown.append(f"| {row} | {' | '.join(cells)} | {change(row, values)} |")
+    holds(page, shown)
+
+
 def test_readme_says_what_the_runs_say_and_no_other_figure():
     readme = (ROOT / "README.md").read_text()
     shown = []
@@ -250,6 +309,7 @@ def test_readme_says_what_the_runs_say_and_no_other_figure():
         shown.append(f"| {' | '.join(row)} |")
     fewer = (precision_of("t", arm)[0].removeprefix("-") for arm in HARDER.values())
     shown.append("{} and {} fewer false positive pixels".format(*fewer))
+    shown += synthetic_sentences()
     holds(readme, shown)
     for known in shown:
         readme = readme.replace(known, "")

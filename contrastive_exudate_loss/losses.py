@@ -505,6 +505,8 @@ class CombinedExudateLoss(MaskLoss):
         features = self._found(features, finest, needed=bool(terms))
         if features is not None:
             _checks.check_features(features, mask)
+            if not is_tapped:
+                check_gradient(features, finest)
         # A subclass with a forward of its own checks and computes for itself.
         ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
         if self.supervised is None:
@@ -697,8 +699,6 @@ class CombinedExudateLoss(MaskLoss):
                 "CombinedExudateLoss(features=model), got None; copies of a criterion are untapped: set "
                 "criterion.tap = model"
             )
-        if features is not None and needed:
-            check_gradient(features, logits)
         return features if needed else None
 
     def _given_supervised(self, supervised: Callable[..., Any], logits: Any, target: Any) -> Tensor:
@@ -727,7 +727,7 @@ class CombinedExudateLoss(MaskLoss):
                 "edge has scope='image', as in hecl(), which contrasts bands of several images, but the batch has one, "
                 "so the term is 0; give batches of several images or scope='patch'",
             )
-        if self._looks == 0 or not _checks.may_read(mask):
+        if not _checks.may_read(mask) or self._looks == 0:
             return
         found = dict(suspicions(logits, mask, self.ignore_index))
         self._looks = self._looks - 1 if mask.is_cpu else 0

@@ -33,7 +33,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
     count, classes, *size = logits.shape
     shape = shape_of(main)
     axes = _pixel_axes(shape, size)
-    if shape[0] != count or not axes:
+    if not axes or shape[0] != count:
         return True
     image = torch.arange(count, device=logits.device)
     # To cut off the last pixel is the same as mode="nearest" to one pixel less: here the names must tell.
@@ -42,7 +42,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
     with torch.no_grad():
         for number, fractions in enumerate(_PLACES):
             rows, columns = [
-                ((fraction + image * further) % 1 * length).long()
+                ((fraction + image * further) % 1 * length).long().clamp(max=length - 1)
                 for fraction, further, length in zip(fractions, _FURTHER, size, strict=True)
             ]
             one_hot = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)

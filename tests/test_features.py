@@ -555,6 +555,7 @@ def test_a_loss_on_the_first_images_takes_their_features():
     torch.testing.assert_close(criterion(logits, TARGET, criterion.tap.take()[:2]), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:logits were between 0 and 1")
 def test_a_way_to_the_logits_is_probed_once(monkeypatch):
     probed = []
     monkeypatch.setattr(probe, "keeps_places", lambda *arguments: probed.append(1) or True)

@@ -89,7 +89,7 @@ def test_isolated_bands_equal_scipy_patch_by_patch(mask, inner_radius, outer_rad
     loss = PatchEdgeContrastLoss(
         side, inner_radius=inner_radius, outer_radius=outer_radius, footprint=footprint, isolate_patches=True
     )
-    inner, outer = loss._regions(mask, patch_sides(*mask.shape[2:], side, None)).masks.chunk(2, 1)
+    inner, outer = loss._regions(mask, patch_sides(*mask.shape[2:], side, None)).masks
     structure = ndimage.generate_binary_structure(2, 2 if footprint == "square" else 1)
     for index in np.ndindex(*mask.shape[:2]):
         for top in range(0, mask.shape[2], side):

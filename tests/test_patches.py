@@ -96,7 +96,7 @@ def test_a_device_without_float64_divides_on_the_cpu():
         def __init__(self):
             self.device = torch.device("mps")
 
-        def to(self, device, dtype):
+        def to(self, device, dtype=torch.int64):
             return torch.tensor(3, device=device, dtype=dtype)
 
     assert lesion_fraction(Counts(), Counts()).device.type == "cpu"

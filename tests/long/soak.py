@@ -219,7 +219,7 @@ WRONG = {
     "supervised": [3, "bce", torch.nn.BCELoss, torch.zeros(2)],
     "density": [3, "density", PatchEdgeContrastLoss(), PatchDensityContrastLoss],
     "edge": [0.1, PatchDensityContrastLoss(), torch.nn.MSELoss()],
-    "features": [torch.zeros(1, 2, 4, 4), "decoder", torch.nn.Identity()],
+    "features": [torch.zeros(1, 2, 4, 4), "decoder", torch.nn.Identity],
 }
 OF_BOTH = ("patch_size", "num_patches", "temperature", "contrast", "max_patches", "ignore_index", "gather_distributed")
 OPTIONS = {

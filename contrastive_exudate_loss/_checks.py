@@ -38,6 +38,8 @@ def plain_option(value: Any) -> Any:
         return float(value)
     if isinstance(value, Sequence):
         return tuple(map(plain_option, value))
+    if hasattr(value, "tolist") and not isinstance(value, Tensor):  # a NumPy array
+        return plain_option(value.tolist())
     return value
 
 

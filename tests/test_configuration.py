@@ -106,14 +106,14 @@ NUMBERS = {
     "PatchEdgeContrastLoss": {
         "num_patches": np.uint8(5),
         "inner_radius": [np.int64(1), np.int64(2)],
-        "outer_radius": (np.int64(5), np.int64(2)),
+        "outer_radius": np.array([5, 2]),
         "density_threshold": np.float32(0.25),
         "max_patches": np.int64(64),
     },
     "CombinedExudateLoss": {
         "alpha": np.float64(0.02),
         "beta": np.float32(0.5),
-        "classes": [np.int64(1), np.int64(2)],
+        "classes": np.arange(1, 3),
         "ignore_index": np.int64(255),
     },
 }
@@ -123,7 +123,7 @@ NUMBERS = {
 def test_numpys_numbers_are_kept_as_those_of_python(name):
     options = NUMBERS[name]
     plain = {option: np.array(value).tolist() for option, value in options.items()}
-    made = instantiate({"_target_": f"{package.__name__}.{name}"}, **options)
+    made = getattr(package, name)(**options)
     assert repr(made) == repr(in_python(ours(name, **plain)))
 
 

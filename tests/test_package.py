@@ -119,7 +119,7 @@ def test_examples_in_documents_run(code, capsys, monkeypatch, tmp_path):
 def test_readme_shows_the_drop_in_under_15_lines():
     readme = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert "FeatureTap(" in example
+    assert "features=model" in example
     assert example.count("\n") < 15
 
 

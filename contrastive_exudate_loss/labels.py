@@ -33,6 +33,7 @@ def lesion_masks(index: Tensor, classes: Sequence[int], *, ignore_index: int | N
                 [0, 0, 0]], dtype=torch.uint8)
     """
     _checks.check_ignore_index(ignore_index)
+    classes = _checks.plain_option(classes)
     _checks.check_classes(classes, ignore_index)
     _checks.check_index(index)
     return masks_of(index, classes, ignore_index)

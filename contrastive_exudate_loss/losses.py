@@ -326,6 +326,8 @@ class CombinedExudateLoss(MaskLoss):
         self._check_changed_options()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "supervised" and not isinstance(value, nn.Module):
+            self._modules.pop(name, None)  # or nn.Module refuses a function where a module was
         # nn.Module would take a model for a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
 

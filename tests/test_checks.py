@@ -346,3 +346,17 @@ def test_holds_what_survives_a_round_trip(dtype):
 def test_a_bad_tap_is_refused(model, layer, error, text):
     with pytest.raises(error, match=text):
         FeatureTap(model, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float32])
+def test_a_target_of_one_channel_more_says_how_to_take_it_off(dtype):
+    lesion, last = spoiled(1), torch.zeros_like(MASK)
+    last[:, :, :4] = 1
+    with pytest.raises(ValueError, match="if its last channel marks pixels to ignore") as caught:
+        Combined(0, 0)(LOGITS, torch.cat([lesion, last], 1).to(dtype))
+    names = {"target": torch.cat([lesion, last], 1).to(dtype)}
+    background, ignored = re.findall(r"give (target\[.*?)(?:; | and ignore_index)", str(caught.value))
+    wanted = torch.where(last > 0, -1, lesion)
+    assert torch.equal(eval(ignored, names), wanted)
+    assert Combined(0, 0, ignore_index=-1)(LOGITS, wanted).isfinite()
+    assert torch.equal(eval(background, names), last.to(dtype))

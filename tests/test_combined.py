@@ -131,6 +131,15 @@ def test_another_supervised_loss(supervised):
     )
 
 
+def test_the_supervised_loss_may_be_a_module_and_then_a_function():
+    logits, target, _ = batch()
+    criterion = CombinedExudateLoss(0, 0, supervised=torch.nn.BCEWithLogitsLoss())
+    criterion.supervised = lambda logits, target: logits.sum()
+    assert torch.equal(criterion(logits, target), logits.sum())
+    criterion.supervised = torch.nn.BCEWithLogitsLoss()
+    assert torch.equal(criterion(logits, target), criterion.supervised(logits, target))
+
+
 def test_supervised_gets_the_target_as_it_is():
     logits, target, features = batch()
     target[:, :, :4] = -1

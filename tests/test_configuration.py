@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hydra.utils import instantiate
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
@@ -125,6 +126,11 @@ def test_numpys_numbers_are_kept_as_those_of_python(name):
     plain = {option: np.array(value).tolist() for option, value in options.items()}
     made = getattr(package, name)(**options)
     assert repr(made) == repr(in_python(ours(name, **plain)))
+
+
+def test_lesion_masks_take_numpys_classes():
+    index = torch.arange(4).reshape(1, 2, 2)
+    assert torch.equal(package.lesion_masks(index, np.arange(1, 3)), package.lesion_masks(index, [1, 2]))
 
 
 @pytest.fixture(params=["Lightning's command line", "Hydra"])

@@ -314,13 +314,14 @@ def _remedy(logits: Tensor, target: Tensor) -> str:
             f"; if target holds the class of each pixel, give the criterion classes=range(1, {logits.shape[1]}), "
             "without the background"
         )
+    remedy = "; give one target channel of 0 and 1 per lesion class, none for the background, and as many logits"
     if target.shape[1] == logits.shape[1] + 1:
-        return (
-            "; if the target's first channel is the background, give target[:, 1:]; if its last channel marks pixels "
-            "to ignore, as in nnU-Net's region training, give target[:, :-1].float().masked_fill(target[:, -1:] > 0, "
-            "-1) and ignore_index=-1"
+        remedy += (
+            "; if the first channel is the background, give target[:, 1:]; if the last marks pixels to ignore, as in "
+            "nnU-Net's region training, give target[:, :-1].float().masked_fill(target[:, -1:] > 0, -1) and "
+            "ignore_index=-1"
         )
-    return "; give one target channel of 0 and 1 per lesion class, none for the background, and as many logits"
+    return remedy
 
 
 def _other_size(logits: Tensor, target: Tensor) -> str:

@@ -352,7 +352,7 @@ def test_a_bad_tap_is_refused(model, layer, error, text):
 def test_a_target_of_one_channel_more_says_how_to_take_it_off(dtype):
     lesion, last = spoiled(1), torch.zeros_like(MASK)
     last[:, :, :4] = 1
-    with pytest.raises(ValueError, match="if its last channel marks pixels to ignore") as caught:
+    with pytest.raises(ValueError, match="if the last marks pixels to ignore") as caught:
         Combined(0, 0)(LOGITS, torch.cat([lesion, last], 1).to(dtype))
     names = {"target": torch.cat([lesion, last], 1).to(dtype)}
     background, ignored = re.findall(r"give (target\[.*?)(?:; | and ignore_index)", str(caught.value))

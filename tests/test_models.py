@@ -184,3 +184,20 @@ def test_models_of_transformers(name):
     assert repr(train(model, logits_of=lambda output: output.logits)) == f"FeatureTap(layer: {layer!r})"
     if name == "Segformer":
         assert model(batch(64, 1)[0]).logits.shape[-1] == 16
+
+
+def test_a_segformer_of_five_labels_trains_on_index_masks():
+    config = transformers.SegformerConfig(num_labels=5, decoder_hidden_size=16, **SMALL)
+    model = transformers.SegformerForSemanticSegmentation(config)
+    criterion = CombinedExudateLoss(0.0, 0.1, classes=range(1, 5), ignore_index=255, features=model)
+    index = torch.arange(5).repeat_interleave(14)[:64].expand(2, 64, 64).contiguous()
+    index[:, :9] = 255
+    output = model(torch.rand(2, 3, 64, 64), labels=index)
+    logits = torch.nn.functional.interpolate(output.logits, size=(64, 64), mode="bilinear", align_corners=False)
+    terms = criterion.terms(logits, index)
+    torch.testing.assert_close(terms.supervised, output.loss)
+    assert terms.edge > 0
+    terms.total.backward()
+    assert all(
+        parameter.grad.isfinite().all() for parameter in model.decode_head.parameters() if parameter.grad is not None
+    )

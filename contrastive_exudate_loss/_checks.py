@@ -1,13 +1,14 @@
 """What to say when an option or a tensor is not what a loss needs."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LARGEST = torch.finfo(torch.float32).max
+GREY = 200  # a mask with such values beside others is a grey image rather than an index mask
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -137,7 +138,7 @@ def check_index(index: Tensor, name: str = "index") -> None:
     if index.numel() == 0:
         raise ValueError(f"{name} must be (B, H, W) with no axis of length 0, got {shape}")
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-        remedy = "leave classes out" if index.dtype == torch.bool else f"give {name}.long() if it holds whole numbers"
+        remedy = f"give {name}.long()" + ("" if index.dtype == torch.bool else " if it holds whole numbers")
         raise TypeError(f"{name} must be an integer index mask with classes, got {index.dtype}; {remedy}")
 
 
@@ -147,12 +148,22 @@ def check_index_values(index: Tensor, classes: int, ignore_index: int | None) ->
     if ignore_index is not None:
         allowed |= index == ignore_index
     if not bool(allowed.all()):
-        wrong = ", ".join(map(str, index[~allowed].unique()[:5].tolist()))
+        wrong = index[~allowed].unique()
         ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
-        raise ValueError(
-            f"target must hold classes from 0 to {classes - 1}, as many as logits has channels{ignored}, got {wrong}; "
+        remedy = (
             "give the network as many channels as there are classes, the background included, and ignore_index if a "
             "value marks pixels to leave out"
+        )
+        if wrong.tolist() == [255]:
+            remedy = (
+                "turn a 0/255 mask into (target > 127).long(); give ignore_index=255 only if 255 marks pixels to leave "
+                "out, since it would ignore every lesion marked so"
+            )
+        elif int(wrong[-1]) >= GREY:
+            remedy = "turn a grey mask, as JPEG files and resizing give, into (target > 127).long()"
+        raise ValueError(
+            f"target must hold classes from 0 to {classes - 1}, as many as logits has channels{ignored}, got "
+            f"{', '.join(map(str, wrong[:5].tolist()))}; {remedy}"
         )
 
 
@@ -240,6 +251,8 @@ def _check_tensor(name: str, value: object, axes: str) -> None:
         remedy = ""
         if hasattr(value, "__array__") or isinstance(value, (list, tuple)):
             remedy = "; make it one with torch.as_tensor"
+        elif isinstance(value, Mapping):
+            remedy = f"; give one of its values: {', '.join(f'output[{key!r}]' for key in list(value)[:5])}"
         raise TypeError(f"{name} must be a {axes} torch.Tensor, got {type(value).__name__}{remedy}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense {axes} tensor, got layout {value.layout}; call {name}.to_dense()")
@@ -279,10 +292,19 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
             "it would ignore every lesion marked so"
         )
     whole = bool((wrong == wrong.round()).all())
-    if whole and float(wrong[0]) >= 2 and (len(wrong) > 1 or ignore_index is None) and float(wrong[-1]) < 250:
+    if whole and float(wrong[0]) >= 2 and len(wrong) == 1 and ignore_index is None:
+        value = int(wrong[0])
+        return (
+            f"if {value} marks lesions, give target == {value}; if it marks pixels to leave out, ignore_index={value}; "
+            f"if target holds the class of each pixel, give CombinedExudateLoss classes=range(1, {value + 1}) and the "
+            "index mask as (B, H, W)"
+        )
+    if float(wrong[0]) >= 0 and float(wrong[-1]) >= GREY:
+        return "if it is a grey mask, as JPEG files and resizing give, make it hard by target > 127"
+    if whole and float(wrong[0]) >= 2 and len(wrong) > 1:
         return (
             f"if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, {int(wrong[-1]) + 1}) and "
-            "the index mask as (B, H, W); if the value marks pixels to leave out, give it as ignore_index"
+            "the index mask as (B, H, W); if a value marks pixels to leave out, give it as ignore_index"
         )
     if not whole and float(wrong[0]) > 0 and float(wrong[-1]) < 1:
         return "a mask that was resized or smoothed must be made hard again, for example by target > 0.5"
@@ -334,4 +356,4 @@ def _other_size(logits: Tensor, target: Tensor) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value!r} of type {type(value).__name__}"
+    return f"a {type(value).__name__}" if isinstance(value, nn.Module) else f"{value!r} of type {type(value).__name__}"

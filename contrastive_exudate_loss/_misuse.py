@@ -31,7 +31,8 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
         yield (
             "one-hot",
             "target has exactly one class at each pixel, so one of its channels seems to be the background; leave that "
-            "channel out of target and logits, or give an index mask and classes=range(1, number of classes)",
+            "channel out of target and logits, or its number out of classes, or give an index mask and "
+            "classes=range(1, number of classes)",
         )
     if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
         return
@@ -39,5 +40,5 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
         yield (
             "ignored",
             f"target held 0 and {ignore_index} in all batches so far, but no 1, and {ignore_index} is ignored; if it "
-            "marks lesions, give target != 0 and leave ignore_index out",
+            "marks lesions, give (target != 0).to(target.dtype) and leave ignore_index out",
         )

@@ -96,9 +96,9 @@ class FeatureTap:
         if self._features is None and self._taken:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
-                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; for "
-                "deep supervision give the criterion the list of logits, and the wrapper that weighs them as "
-                "supervised="
+                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; "
+                "several criteria on one pass need a tap each; for deep supervision give the criterion the list of "
+                "logits, and the wrapper that weighs them as supervised="
             )
         if self._features is None and self._layer_name is not None and self._ran:
             raise RuntimeError(
@@ -323,14 +323,23 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
     if made is not None and origin is None:
         if features.grad_fn is not None and not graph.of_one_pass(made, features.grad_fn):
             raise ValueError(
-                f"logits must come from the model's last forward pass, like the features of {tap}, got those of "
-                "another; call the criterion before the next pass, or give it features yourself"
+                f"logits must come from the tapped model's last forward pass, like the features of {tap}, got those of "
+                "another pass, model or output; call the criterion before the next pass; give a copy of the model, "
+                "such as an average of its weights, a criterion of its own; tap another output than the first by "
+                "FeatureTap(model, layer=NAME); or give the criterion the features yourself"
             )
         if tap._chooses and main is not None and main.node not in graph.nodes_behind(made):
             raise ValueError(
                 f"logits must be made from the model's main ones, for which the tap chose its layer, got others; give "
                 f"FeatureTap(model, layer=NAME) the layer that makes these, in place of {tap}"
             )
+    if made is not None and not tap._chooses and not _lies_behind(tap._given, made):
+        raise ValueError(
+            f"logits must be made from the input of the tapped layer, got others, such as those of another head, with "
+            f"{tap}; give FeatureTap(model, layer=NAME) the layer that makes these; features of a branch "
+            "beside the logits, such as a projection, go to the criterion as its third argument, with a number as the "
+            "term's weight"
+        )
     if logits.shape[0] != features.shape[0]:
         remedy = "call the criterion after each pass, on the logits of that pass"
         if logits.shape[0] < features.shape[0]:
@@ -344,6 +353,14 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
         )
     if origin is not None and made is not origin.node and _checks.may_read(logits):
         _check_way(tap, logits, origin, since)
+
+
+def _lies_behind(given: Tensor | None, made: Node) -> bool:
+    """Whether the layer's input is among what the logits are made of, as far as the graph tells."""
+    if given is None or given.grad_fn is None:
+        return True
+    # What a compiled model did inside is one node.
+    return any(node is given.grad_fn or node.name().startswith("Compiled") for node in graph.nodes_behind(made))
 
 
 def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Sequence[Node]) -> None:

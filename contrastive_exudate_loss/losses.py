@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from contrastive_exudate_loss import _checks, pull
 from contrastive_exudate_loss._misuse import CONFIRMED, LOOKS, suspicions
 from contrastive_exudate_loss._options import MaskLoss
-from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, watched
+from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, given_loss, watched
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap, check_gradient, layer_input, taken_features
@@ -550,6 +550,8 @@ class CombinedExudateLoss(MaskLoss):
     def extra_repr(self) -> str:
         """What repr shows beside the parts."""
         shown = f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
+        if self.classes is not None:
+            shown += f", classes={self.classes}"
         if self.supervised is None or isinstance(self.supervised, nn.Module):
             return shown
         return f"{shown}, supervised={self.supervised!r}"
@@ -600,6 +602,11 @@ class CombinedExudateLoss(MaskLoss):
         if isinstance(value, Pull):
             self._pull_state = self._pull_state or pull.new_state()
             return value, True
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
+                "loss as supervised="
+            )
         _checks.check_number(name, value, 0)
         # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
         return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
@@ -655,9 +662,20 @@ class CombinedExudateLoss(MaskLoss):
                 )
             if not logits:
                 raise ValueError("logits must hold the levels of deep supervision, the finest first, got none")
+            sizes = [tuple(level.shape[2:]) for level in logits if isinstance(level, Tensor)]
+            if sizes and math.prod(sizes[0]) < max(map(math.prod, sizes)):
+                raise ValueError(
+                    f"logits must hold the levels of deep supervision, the finest first, got sizes {sizes}; give "
+                    "logits[::-1], and the target likewise where it is a list"
+                )
             logits = logits[0]
-        if isinstance(target, (list, tuple)) and target and isinstance(target[0], Tensor):
-            target = target[0]
+            if isinstance(target, (list, tuple)) and target and isinstance(target[0], Tensor):
+                target = target[0]
+        elif isinstance(target, (list, tuple)) and target and all(isinstance(mask, Tensor) for mask in target):
+            raise TypeError(
+                "target may be a list only where logits are one, for deep supervision, got a list of "
+                f"{len(target)} tensors; if they are the masks of the images, give torch.stack(target)"
+            )
         if self.classes is None:
             _checks.check_target(target)
             _checks.check_logits(logits, target)
@@ -673,6 +691,11 @@ class CombinedExudateLoss(MaskLoss):
             with full_precision(target):
                 return binary_cross_entropy(logits, target, self.ignore_index, known=known)
         index = flat_index(target)
+        if self.classes and max(self.classes) >= logits.shape[1]:
+            raise ValueError(
+                f"classes must be below the number of logits' channels, {logits.shape[1]}, got {self.classes}; give "
+                "the network as many channels as there are classes, the background included"
+            )
         if _checks.may_read(target) and (target.is_cpu or not self._values_checked):
             _checks.check_index_values(index, logits.shape[1], self.ignore_index)
             self._values_checked = True
@@ -708,18 +731,7 @@ class CombinedExudateLoss(MaskLoss):
         if self.classes is None and not self._learning_seen and _checks.may_read(mask):
             seen = watched(finest, plain(mask), self.ignore_index, self._see_learning)
             logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen
-        try:
-            loss = supervised(logits, target)
-        except Exception as error:
-            if error.args and isinstance(error.args[0], str) and not isinstance(logits, (list, tuple)):
-                error.args = (f"{error.args[0]}\n{self._what_it_got(finest, mask)}", *error.args[1:])
-            raise
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"supervised must return a scalar tensor, got {type(loss).__name__}")
-        if loss.dim():
-            raise ValueError(f"supervised must return a scalar, got {tuple(loss.shape)}; give it reduction='mean'")
-        loss = plain(loss)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return given_loss(supervised, logits, target, self.ignore_index, of_classes=self.classes is not None)
 
     def _look_for_misuse(self, logits: Tensor, mask: Tensor) -> None:
         """Warn once of each suspicion; of what may be chance only if each batch that is looked at shows it."""
@@ -743,22 +755,20 @@ class CombinedExudateLoss(MaskLoss):
             self._warned = (*self._warned, name)
             warnings.warn(sentence, stacklevel=5)
 
-    def _what_it_got(self, logits: Tensor, target: Tensor) -> str:
-        got = f"(supervised was given logits {tuple(logits.shape)} and target {tuple(target.shape)}, {target.dtype}; "
-        if self.classes is None:
-            return f"{got}losses on logits often want a floating target: give the criterion target.float())"
-        return (
-            f"{got}torch.nn.CrossEntropyLoss wants the index mask as (B, H, W), torch.int64, MONAI's losses with "
-            "to_onehot_y as (B, 1, H, W))"
-        )
-
-    def _see_learning(self, learns: bool) -> None:
+    def _see_learning(self, learns: bool, pulls: bool) -> None:
         """Warn once: of the first ignored pixels on the CPU; elsewhere, where looking waits, of the first batch."""
         if learns and not self._learning_seen:
             warnings.warn(
                 f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), so it seems not to know "
                 "the value; tell it, often by ignore_index=, or, if it is to learn from these pixels, give "
                 "ignore_index to density and edge alone",
+                stacklevel=2,
+            )
+        elif not pulls and not self._learning_seen:
+            warnings.warn(
+                "supervised has no gradient at any pixel of a batch with lesions and ignored pixels (target == "
+                f"{self.ignore_index}), so it trains nothing there; tell it the value, often by ignore_index=, or give "
+                "ignored pixels another, such as 255",
                 stacklevel=2,
             )
         self._learning_seen = True

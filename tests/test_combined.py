@@ -165,6 +165,18 @@ def test_a_supervised_loss_that_learns_from_ignored_pixels_is_warned_of_once():
     criterion(logits, target, features).backward()
 
 
+def test_a_supervised_loss_without_any_gradient_is_warned_of_once():
+    logits, target, features = batch()
+    target[0, 0, :2] = -1
+    # Dice of segmentation-models-pytorch counts a class of which the sum over the target is negative as absent.
+    target[1] = -1
+    target[0, 0, 5:7, 5:7] = 1
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=smp.losses.DiceLoss("binary"), ignore_index=-1)
+    with pytest.warns(UserWarning, match=r"supervised has no gradient at any pixel of a batch with lesions"):
+        criterion(logits, target, features).backward()
+    criterion(logits, target, features).backward()
+
+
 def masked_in_place(logits, target):
     return binary_cross_entropy_with_logits(logits.masked_fill_(target == -1, 0), target.clamp(min=0))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, probe
+from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, Pull, probe
 
 
 class Net(nn.Module):
@@ -315,6 +315,15 @@ def test_a_given_layer_is_tapped(layer, by_name):
     torch.testing.assert_close(tap.features, wanted)
 
 
+@pytest.mark.parametrize("beta", [0.02, Pull(1.0)])
+def test_a_given_layer_that_makes_other_logits_is_refused(beta):
+    net = Net(lambda net, x: {"out": net.head(net.body(x)), "aux": net.extra(net.body(x))}, extra=nn.Conv2d(6, 1, 1))
+    criterion = CombinedExudateLoss(beta=beta, features=FeatureTap(net, "extra"))
+    with pytest.raises(ValueError, match="logits must be made from the input of the tapped layer, got others"):
+        criterion(net(IMAGES)["out"], TARGET)
+    criterion(net(IMAGES)["aux"], TARGET).backward()
+
+
 def test_a_given_layer_without_a_feature_map_is_said():
     net = Net(lambda net, x: net.head(net.body(x)) * net.gate(x.mean((2, 3)))[:, :, None, None], gate=nn.Linear(3, 1))
     with (
@@ -444,7 +453,7 @@ def test_logits_of_an_older_pass_are_refused(outcome, layer):
 
     older = logits()
     logits()
-    with pytest.raises(ValueError, match=r"logits must come from the model's last forward pass, .* got those of an"):
+    with pytest.raises(ValueError, match=r"logits must come from the tapped model's last forward pass, .* got those of an"):
         criterion(older, TARGET)
     criterion(logits(), TARGET).backward()
 

@@ -141,14 +141,17 @@ def test_losses_of_other_packages_work_untouched(name):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda x, t, f: (x[:, :3], t, f), ValueError, "classes from 0 to 2, as many as logits has channels, got 3"),
+        (lambda x, t, f: (x[:, :4], t, f), ValueError, r"classes must be below .* channels, 4, got \(1, 2, 3, 4\)"),
+        (lambda x, t, f: (x, t + 2, f), ValueError, "classes from 0 to 4, as many as logits has channels, got 5"),
+        (lambda x, t, f: (x, (t > 1).byte() * 255, f), ValueError, r"got 255; .* into \(target > 127\).long\(\)"),
+        (lambda x, t, f: (x, t * 80, f), ValueError, r"a grey mask, .* into \(target > 127\).long\(\)"),
         (
             lambda x, t, f: (x, t.float(), f),
             TypeError,
             r"integer index mask.*got torch.float32; give target.long\(\)",
         ),
         (lambda x, t, f: (x, lesion_masks(t, range(1, 5)), f), ValueError, "must be an index mask.*leave classes out"),
-        (lambda x, t, f: (x, t.bool(), f), TypeError, "got torch.bool; leave classes out"),
+        (lambda x, t, f: (x, t.bool(), f), TypeError, r"got torch.bool; give target.long\(\)"),
         (lambda x, t, f: (x, t[..., None], f), ValueError, r"target.squeeze\(3\)"),
         (lambda x, t, f: (x, t[0], f), ValueError, r"target\[None\]"),
         (lambda x, t, f: (x, t.numpy(), f), TypeError, "got ndarray; make it one with torch.as_tensor"),
@@ -197,11 +200,22 @@ def test_an_index_mask_without_classes_is_recognised():
 def test_an_error_of_a_given_loss_says_what_it_was_given():
     logits, index, features = batch(dtype=torch.int32)
     criterion = CombinedExudateLoss(**FIXED, supervised=nn.CrossEntropyLoss(), classes=[1])
-    with pytest.raises(RuntimeError, match=r"torch.int32; torch.nn.CrossEntropyLoss wants the index mask as"):
+    with pytest.raises(RuntimeError, match=r"torch.int32; torch.nn.CrossEntropyLoss and .* want the index mask as"):
         criterion(logits, index, features)
     criterion = CombinedExudateLoss(**FIXED, supervised=nn.BCEWithLogitsLoss())
     with pytest.raises(RuntimeError, match=r"torch.bool; .*give the criterion target.float\(\)"):
         criterion(logits[:, :1], (index == 1).unsqueeze(1), features)
+
+
+def test_such_an_error_speaks_of_ignored_pixels_and_of_lists_where_there_are_any():
+    logits, index, features = batch(ignored=255)
+    losses = {"supervised": nn.CrossEntropyLoss(), "classes": [1], "ignore_index": 255}
+    with pytest.raises(IndexError, match="ignored pixels hold 255, which the loss must be told too"):
+        CombinedExudateLoss(**FIXED, **losses)(logits, index, features)
+    with pytest.raises(
+        TypeError, match=r"logits a list of 2, first \(2, 5, 32, 32\), torch.float32 .*DeepSupervisionLoss one"
+    ):
+        CombinedExudateLoss(**FIXED, **losses)([logits, logits], index, features)
 
 
 def test_meta_tensors_of_monai_may_be_index_masks():
@@ -250,6 +264,21 @@ def test_a_criterion_inside_of_the_wrapper_says_where_it_belongs():
     target = (batch()[1] > 0).unsqueeze(1).float()
     with pytest.raises(RuntimeError, match="for deep supervision give the criterion the list of logits"):
         monai.losses.DeepSupervisionLoss(criterion)(levels(net(torch.rand(2, 3, 32, 32))), target)
+
+
+def test_levels_from_the_coarsest_on_are_refused():
+    logits, index, features = batch()
+    criterion = CombinedExudateLoss(**FIXED, supervised=lambda levels, target: levels[0].sum(), classes=[1])
+    with pytest.raises(
+        ValueError, match=r"the finest first, got sizes \[\(16, 32\), \(32, 32\)\]; give logits\[::-1\]"
+    ):
+        criterion([logits[:, :, :16], logits], [index[:, :16], index], features)
+
+
+def test_masks_of_single_images_in_a_list_are_told_from_levels():
+    logits, index, features = batch(1)
+    with pytest.raises(TypeError, match=r"got a list of 2 tensors; .*torch.stack\(target\)"):
+        CombinedExudateLoss(**FIXED)(logits, list((index == 1).unsqueeze(1)), features)
 
 
 def test_deep_supervision_needs_a_loss():

@@ -17,6 +17,7 @@ from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss.norms import COUNT, Recorded, write_norm
 
 MEMORY = 0.99  # of the means, for a measurement
+OUTLIER = 10.0  # times the mean: what a larger norm counts as, or one step could switch a term off for hundreds
 PROBE = 2.0**-10  # what a term's gradient is carried with while its weight is 0: measured, but not passed on
 HALF_SCALE = 2.0**13  # of gradients in float16
 
@@ -37,7 +38,8 @@ class Pull:
         weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
 
     The means are exponential over the training steps before, with memory 0.99, and bias-corrected; those without a
-    contrast leave the term's mean as it is. In the first step the weight is 0.
+    contrast leave the term's mean as it is, and a norm above ten times its mean counts as ten times the mean. In the
+    first step the weight is 0. Other losses on the same logits count as supervised.
 
     Args:
         times: of the supervised loss's gradient norm at the features, finite and >= 0.
@@ -197,6 +199,8 @@ def _advanced(
         if averaged is not None:
             norms, number = averaged(torch.stack([norms, counted.float()])).unbind()
             norms, counted = norms / number.clamp(min=1), number > 0
+        largest = OUTLIER * means[SUMS] / means[SHARES]  # NaN before the first
+        norms = torch.where((norms > largest) & (largest > 0), largest, norms)
         means[SUMS] = torch.where(counted, MEMORY * means[SUMS] + (1 - MEMORY) * norms, means[SUMS])
         means[SHARES] = torch.where(counted, MEMORY * means[SHARES] + (1 - MEMORY), means[SHARES])
         means[SEEN_TERMS], means[SEEN_LAYER], means[SEEN_HAND] = terms[COUNT], layer[COUNT], hand[COUNT]

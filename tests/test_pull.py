@@ -76,10 +76,9 @@ class Oracle:
         norms = [
             float(torch.autograd.grad(loss, features, retain_graph=True)[0].norm()) for loss in (supervised, *terms)
         ]
-        self.supervised.append(norms[0])
-        for known, norm in zip(self.terms, norms[1:], strict=True):
-            if norm > 0:
-                known.append(norm)
+        for known, norm in zip((self.supervised, *self.terms), norms, strict=True):
+            if known is self.supervised or norm > 0:
+                known.append(min(norm, 10 * mean(known)) if known else norm)
 
 
 def wanted_weights(steps, alpha, beta, supervised=binary_cross_entropy_with_logits, net=None):
@@ -266,6 +265,27 @@ def test_steps_without_a_contrast_leave_the_mean_of_the_term():
     assert means[module.SHARES][2] == pytest.approx(1 - MEMORY)
     assert means[module.SHARES][0] == pytest.approx(1 - MEMORY**3)
     assert weights[0] > 0
+
+
+@pytest.mark.parametrize("factor", [5.0, 1e6])
+def test_a_norm_counts_as_ten_times_the_mean_at_most(factor):
+    class Scaled(PatchEdgeContrastLoss):
+        factor = 1.0
+
+        def forward(self, features, target):
+            return self.factor * super().forward(features, target)
+
+    net, edge = Net(), Scaled()
+    criterion = CombinedExudateLoss(edge=edge, features=FeatureTap(net, "head"))
+    images, target = batch(0)
+    for _ in range(20):
+        terms = criterion.terms(net(images), target)
+        terms.total.backward()
+    edge.factor = factor
+    criterion(net(images), target).backward()
+    got = criterion.terms(net(images), target).beta
+    before = math.fsum(MEMORY**n for n in range(1, 21))  # of the twenty others in the mean, the last has weight 1
+    torch.testing.assert_close(got, terms.beta * (before + 1) / (before + min(factor, 10)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

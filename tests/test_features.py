@@ -453,9 +453,7 @@ def test_logits_of_an_older_pass_are_refused(outcome, layer):
 
     older = logits()
     logits()
-    with pytest.raises(
-        ValueError, match="last forward pass, .* got those of another pass, model or output"
-    ):
+    with pytest.raises(ValueError, match=r"last forward pass, .* got those of another pass, model or output"):
         criterion(older, TARGET)
     criterion(logits(), TARGET).backward()
 

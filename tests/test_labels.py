@@ -356,6 +356,16 @@ def test_a_class_without_a_contrast_counts_for_nothing_though_it_is_shown():
     torch.testing.assert_close(PatchEdgeContrastLoss()(features, whole).double(), wanted)
 
 
+def test_two_patches_of_one_label_and_one_of_the_other_are_a_contrast():
+    features = torch.randn(1, 4, 8, 24, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(1, 2, 8, 24)
+    target[:, 0, :, :8] = target[:, 1, :, 8:16] = 1
+    term = PatchDensityContrastLoss(8)
+    each = [term(features, target[:, k : k + 1]) for k in (0, 1)]
+    assert min(each) > 0
+    torch.testing.assert_close(term(features, target), sum(each) / 2)
+
+
 def test_classes_that_are_not_shown_are_not_pooled(monkeypatch):
     from contrastive_exudate_loss import _terms
 

@@ -62,7 +62,7 @@ TESTS = {
     "_misuse": ["test_misuse.py"],
     "_options": WHOLE,
     "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
-    "_terms": WHOLE,
+    "_terms": ["test_labels.py", *WHOLE],
     "contrast": ["test_contrast.py"],
     "contrast_pairs": ["test_contrast.py"],
     "contrast_rows": ["test_contrast.py"],

@@ -104,7 +104,8 @@ def filled_by_mask(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, 
 def _nt_xent_rows(pos: Tensor, neg: Tensor) -> Tensor:
     """Each anchor's sum over its pairs; pos (inf: no pair) and neg (-inf: no negative) become its gradients."""
     lse = _finite(neg.logsumexp(1, keepdim=True))
-    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)), whose derivative by s is -sigmoid(x).
+    # With x = lse - s, -log(exp(s) / (exp(s) + exp(lse))) = log(1 + exp(x)); its derivative with respect to s is
+    # -sigmoid(x).
     torch.sub(lse, pos, out=pos)
     losses = (pos.clamp(min=0) + pos.abs().neg_().exp_().log1p_()).sum(1)
     pos.sigmoid_()

@@ -501,5 +501,5 @@ def _main_logits(output: Any) -> Tensor:
         return _main_logits(output[0])
     raise ValueError(
         f"model must return its logits as a tensor, as 'out' or 'logits', or first in a tuple, got "
-        f"{type(output).__name__}; give FeatureTap(model, layer=NAME) the layer whose input are the features"
+        f"{type(output).__name__}; give FeatureTap(model, layer=NAME) the layer whose input is the features"
     )

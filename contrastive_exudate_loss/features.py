@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from contrastive_exudate_loss import _checks, graph, probe
-from contrastive_exudate_loss.norms import Recorded
+from contrastive_exudate_loss.norms import Recorded, write_norm
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 # A way from the main logits to the criterion's is probed once, or so often: a random permutation of two images leaves
@@ -194,7 +194,7 @@ class FeatureTap:
             return
         given = _first_tensor(args, kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
-            self._seen[output.grad_fn] = graph.Run(name, module, given, _channels_second(module, given))
+            self._seen[output.grad_fn] = graph.Run(name, module, output.grad_fn, given, _channels_second(module, given))
 
     def _choose(self, model: nn.Module, output: Any) -> None:
         logits = _main_logits(output)
@@ -219,11 +219,13 @@ class FeatureTap:
                 f"give the features to the criterion yourself"
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
             )
-        name, module, given, features = found[0]
+        name, module, made, given, features = found[0]
         _remove(self._watchers)
         self._keep_input_of(name, module)
         self._features, self._given = features, given
         self._runs = sum(module is run.layer for run in self._seen.values())
+        if self.measures and given.grad_fn is not None and self._can_record(given):
+            self._record_at(graph.edges_to(given, made))
 
     def _keep_input_of(self, name: str, layer: nn.Module) -> None:
         self._layer_name = name
@@ -253,6 +255,20 @@ class FeatureTap:
             tuple(swapped.get(id(value), value) for value in args),
             {name: swapped.get(id(value), value) for name, value in kwargs.items()},
         )
+
+    def _record_at(self, edges: list[tuple[Node, int]]) -> None:
+        """Write down the norm of the gradient on its way from the layer, which had its input itself, to that input."""
+        if len(edges) != 1:  # or several norms, which do not tell that of their sum
+            return
+        ((node, place),), record = edges, self.norm
+
+        def write(gradients: tuple[Tensor | None, ...], _: Any) -> None:
+            gradient = gradients[place]
+            if gradient is not None:
+                write_norm(record, gradient, None, 1, True)
+
+        node.register_hook(write)
+        self._records = True
 
     def _can_record(self, given: Tensor) -> bool:
         """Whether there is a record on the device; compiled code cannot make one."""
@@ -319,7 +335,7 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
     """Raise unless the features are those behind the logits, as far as numbers and the autograd graph tell."""
     made, main = logits.grad_fn, tap._main
     since = [] if made is None or main is None else graph.nodes_since(main.node, made)
-    origin = main if main is not None and main.node in since else None
+    origin = graph.out_of_wrapper(main, since) if main is not None and main.node in since else None
     if made is not None and origin is None:
         if features.grad_fn is not None and not graph.of_one_pass(made, features.grad_fn):
             raise ValueError(

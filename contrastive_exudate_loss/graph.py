@@ -5,9 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 IMAGES_ALONE = "the terms are for 2-D images: train a 2-D network, on slices of the volumes, or leave the terms out"
+
+
+# What DistributedDataParallel puts behind a model's outputs, with unused parameters or in a static graph's first step.
+_WRAPPER = "_DDPSinkBackward"
 
 
 class Run(NamedTuple):
@@ -15,12 +19,14 @@ class Run(NamedTuple):
 
     name: in the model.
     layer: itself.
+    made: the node that made its output.
     given: its input.
     features: the input with the channels second, (B, C, h, w), or tokens (B, N, C) of a linear layer.
     """
 
     name: str
     layer: nn.Module
+    made: Node
     given: Tensor
     features: Tensor
 
@@ -43,6 +49,45 @@ def nodes_behind(start: Node, ends: Callable[[Node], bool] = lambda node: False)
                 waiting.append(following)
 
 
+def within_wrapper(tensor: Tensor) -> Tensor | GradientEdge:
+    """A tensor, where DistributedDataParallel handed it on as its model made it."""
+    node = tensor.grad_fn
+    if node is None or node.name() != _WRAPPER:
+        return tensor
+    made, number = node.next_functions[tensor.output_nr]
+    return tensor if made is None else GradientEdge(made, number)
+
+
+def out_of_wrapper(main: GradientEdge, nodes: Iterable[Node]) -> GradientEdge:
+    """What a model made, where DistributedDataParallel handed it on by one of the nodes as that node made it."""
+    edges = (
+        GradientEdge(node, place)
+        for node in nodes
+        if node.name() == _WRAPPER
+        for place, edge in enumerate(node.next_functions)
+        if edge == (main.node, main.output_nr)
+    )
+    return next(edges, main)
+
+
+def begins_a_static_graph(loss: Node) -> bool:
+    """Whether this is a static graph's first step, in which any differentiation counts as the backward pass."""
+    wrapper: Any = next((node for node in nodes_behind(loss) if node.name() == _WRAPPER), None)
+    model = None if wrapper is None else wrapper.ddp_weakref()
+    return model is not None and bool(model.static_graph)
+
+
+def edges_to(tensor: Tensor, start: Node) -> list[tuple[Node, int]]:
+    """The nodes behind start that hand a gradient to the tensor directly, and its place among those they compute."""
+    end = tensor.grad_fn
+    return [
+        (node, place)
+        for node in nodes_behind(start, lambda node: node is end)
+        for place, edge in enumerate(node.next_functions if node is not end else ())
+        if edge == (end, tensor.output_nr)
+    ]
+
+
 def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
     """The layers met first on each way back from the logits, passing those whose input is no feature map.
 
@@ -63,7 +108,7 @@ def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
         if has_features(node):
             found.append(runs[node])
         elif node in runs:
-            name, layer, _, features = runs[node]
+            name, layer, _, _, features = runs[node]
             if features.dim() == 3 and isinstance(layer, nn.Linear):
                 raise ValueError(
                     f"layer {name!r} makes the logits from tokens (B, N, C), which are no feature map; give the "

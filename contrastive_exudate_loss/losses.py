@@ -15,6 +15,7 @@ from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_ent
 from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap, check_gradient, layer_input, taken_features
+from contrastive_exudate_loss.graph import begins_a_static_graph
 from contrastive_exudate_loss.labels import flat_index, masks_of
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
@@ -330,6 +331,8 @@ class CombinedExudateLoss(MaskLoss):
             self._modules.pop(name, None)  # or nn.Module refuses a function where a module was
         # nn.Module would take a model for a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
+        if name == "tap" and isinstance(self.tap, FeatureTap):
+            self._measure_at_the_tap()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -591,6 +594,10 @@ class CombinedExudateLoss(MaskLoss):
         ):
             _checks.check_part(name, part, kind, self.ignore_index, always=self.classes is not None)
             part._check_changed_options()
+        self._measure_at_the_tap()
+
+    def _measure_at_the_tap(self) -> None:
+        """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
         state, tap = self._pull_state, self.tap
         if state is not None and tap is not None and state["layer"] is not tap.norm:
             if self._pull_pending:  # what a state or a copy holds of its last backward pass
@@ -635,12 +642,14 @@ class CombinedExudateLoss(MaskLoss):
             [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
             sum_of_ranks if gathers else None,
         )
+        waits = False
         if not measured and _checks.may_read(features):
             self._pull_calls += 1
-            if self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0:
+            waits = supervised.grad_fn is not None and begins_a_static_graph(supervised.grad_fn)
+            if not waits and (self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0):
                 source = features if source is None else source
                 self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
-        if not (measured or self._pull_known):
+        if not (measured or waits or self._pull_known):
             raise ValueError(
                 "a weight that sets itself must be measured at features that the logits are made from, in code that is "
                 "neither compiled nor captured in the first steps, got none of these; run some eager steps first, give "

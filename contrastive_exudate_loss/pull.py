@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss import _checks, graph
 from contrastive_exudate_loss.norms import COUNT, Recorded, write_norm
 
 MEMORY = 0.99  # of the means, for a measurement
@@ -108,8 +108,9 @@ def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor
     """
     # Scaled, or the gradients of a mean over pixels vanish in half precision.
     scale = HALF_SCALE if features.dtype == torch.float16 else 1.0
+    made = graph.within_wrapper(features)
     (gradient,) = torch.autograd.grad(
-        supervised, features, torch.full_like(supervised, scale), retain_graph=True, allow_unused=True
+        supervised, made, torch.full_like(supervised, scale), retain_graph=True, allow_unused=True
     )
     if gradient is None:
         return False

@@ -1,4 +1,4 @@
-"""The recipes for other packages' training loops, run as the documents show them, lower the loss."""
+"""The recipes for other packages' training loops, run as the documents show them, lower the loss by both its parts."""
 
 import re
 from pathlib import Path
@@ -14,12 +14,13 @@ RECIPES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", TEXT, re.DOTALL 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "torch.compile"])
 def test_a_recipe_lowers_the_loss(name, monkeypatch, tmp_path):
-    training, validation = [], []
+    training, validation, weights = [], [], []
     terms = CombinedExudateLoss.terms
 
     def recorded(self, *arguments):
         found = terms(self, *arguments)
         (training if torch.is_grad_enabled() else validation).append(found.total.item())
+        weights.append(float(found.beta))
         return found
 
     monkeypatch.setattr(CombinedExudateLoss, "terms", recorded)
@@ -28,6 +29,8 @@ def test_a_recipe_lowers_the_loss(name, monkeypatch, tmp_path):
     exec(compile(RECIPES[name], name, "exec"), {})
     assert len(training) >= 4
     assert training[-1] < training[0]
+    assert weights[0] == 0  # in the first step, and in Lightning's check before it
+    assert weights[-1] > 0
     assert bool(validation) == ("alidat" in RECIPES[name] or "evaluate" in RECIPES[name])
 
 

@@ -21,12 +21,12 @@ MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "featur
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
     "features": {"graph", "norms", "probe"},
-    "pull": {"norms"},
+    "pull": {"graph", "norms"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
     "_terms": {"_options", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},
-    "losses": {"_misuse", "_options", "_terms", "_supervised", "masks"} | MIDDLE,
+    "losses": {"_misuse", "_options", "_terms", "_supervised", "graph", "masks"} | MIDDLE,
     "__init__": {"losses", "features", "labels", "pull"},
 }
 

@@ -207,6 +207,22 @@ def test_an_error_of_a_given_loss_says_what_it_was_given():
         criterion(logits[:, :1], (index == 1).unsqueeze(1), features)
 
 
+@pytest.mark.parametrize("arguments", [(), (3, "text"), ("text", 3)], ids=str)
+def test_such_an_error_keeps_its_arguments(arguments):
+    def supervised(logits, target):
+        raise ValueError(*arguments)
+
+    logits, index, features = batch()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - its text is what is looked at
+        CombinedExudateLoss(**FIXED, supervised=supervised, classes=[1])(logits, index, features)
+    if arguments[:1] == ("text",):
+        text, *others = caught.value.args
+        assert text.startswith("text\n(supervised was given logits")
+        assert tuple(others) == arguments[1:]
+    else:
+        assert caught.value.args == arguments
+
+
 def test_such_an_error_speaks_of_ignored_pixels_and_of_lists_where_there_are_any():
     logits, index, features = batch(ignored=255)
     losses = {"supervised": nn.CrossEntropyLoss(), "classes": [1], "ignore_index": 255}

@@ -60,7 +60,7 @@ WHOLE = [
 TESTS = {
     "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
     "_misuse": ["test_misuse.py"],
-    "_options": WHOLE,
+    "_options": ["test_pickles.py", *WHOLE],
     "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
     "_terms": ["test_labels.py", *WHOLE],
     "contrast": ["test_contrast.py"],
@@ -98,6 +98,7 @@ OTHER_DEVICES = (
     '"mps"',
     "_filled_on_cuda(z.device)",
     "TILE_ON_CUDA",
+    "filled_by_triton(torch.zeros",
 )
 # What the tests import, the package and the tests themselves excepted.
 IMPORTED = (

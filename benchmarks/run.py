@@ -38,17 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     with tqdm(SECTIONS.items(), unit="section") as progress:
         for name, section in progress:
+            if options.only not in (None, name):
+                continue
             progress.set_description(name)
             figures["sections"][name] = section(plan, progress.set_postfix_str)
             options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(markdown(figures))
-    write_growth(options.output, figures)
-    print(f"plots: {options.output}\nfigures: {options.json}")
+    if "growth" in figures["sections"]:
+        write_growth(options.output, figures)
+        print(f"plots: {options.output}")
+    print(f"figures: {options.json}")
     return 0
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS, help="one section alone")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument(
         "--device",

@@ -16,7 +16,8 @@ class Plan(NamedTuple):
     channels: of the features, likewise.
     loop_side: side of the images for the published code's manner, a multiple of 5.
     encoders: of the networks for training_step.
-    training: images in a batch and their side, for training_step and inference.
+    training: images in a batch and their side, for training_step, inference and pull.
+    settled: steps before pull is timed.
     growth: the sizes to vary, and their values.
     growth_side: side of the images while another size grows.
     embeddings: M of the contrast alone.
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     loop_side: int
     encoders: tuple[str, ...]
     training: tuple[int, int]
+    settled: int
     growth: Mapping[str, tuple[Any, ...]]
     growth_side: int
     embeddings: tuple[int, ...]
@@ -48,6 +50,7 @@ def full(device: torch.device, seed: int) -> Plan:
         loop_side=510,
         encoders=("resnet18", "resnet50"),
         training=(6, 256),
+        settled=100,
         growth={
             "side": ((256, 256), (512, 512), (1024, 1024), (2048, 2048), (2848, 4288)),
             "channels": (8, 16, 32, 64, 128),
@@ -71,6 +74,7 @@ def quick(device: torch.device, seed: int) -> Plan:
         loop_side=60,
         encoders=("resnet18",),
         training=(2, 64),
+        settled=2,
         growth={
             "side": ((64, 64), (128, 128), (178, 268)),
             "channels": (4, 8),

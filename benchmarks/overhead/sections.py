@@ -1,6 +1,7 @@
 """The questions that run.py measures an answer to, each a list of rows."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from contrastive_exudate_loss import (
     FeatureTap,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    Pull,
 )
 from overhead.alternatives import PATCH, TEMPERATURE, band_count, floor, plain_contrast, plain_terms
 from overhead.plan import Plan
@@ -150,6 +152,32 @@ def training_step(plan: Plan, tick: Tick) -> list[Row]:
     return rows
 
 
+def pull(plan: Plan, tick: Tick) -> list[Row]:
+    """What a weight that sets itself adds to a training step, timed in it and in the last layer and the loss alone."""
+    tick("pull")
+    images, target = _images(plan)
+    works: dict[str, Callable[[], object]] = {}
+    for name, beta in (("beta 0.02", 0.02), ("Pull(1.0)", Pull(1.0))):
+        model = _network("resnet18", plan)
+        works[f"step, {name}"] = _training(model, CombinedExudateLoss(beta=beta, features=model), images, target)
+        layer = copy.deepcopy(model.get_submodule("segmentation_head.0"))
+        features = torch.rand((len(images), 16, *images.shape[2:]), device=plan.device, requires_grad=True)
+        works[f"last layer and loss, {name}"] = _last_layer(layer, beta, features, target)
+    for work in works.values():
+        for _ in range(plan.settled):
+            work()
+    seconds = side_by_side(plan.device, works, 5 * plan.budget)  # a small difference takes many rounds
+    rows = []
+    for part in ("step", "last layer and loss"):
+        number, pulled = (seconds[f"{part}, {name}"] for name in ("beta 0.02", "Pull(1.0)"))
+        added = [(b - a) / step for a, b, step in zip(number, pulled, seconds["step, beta 0.02"], strict=True)]
+        rows += [
+            {"work": f"{part}, beta 0.02", "seconds": _spread(number)},
+            {"work": f"{part}, Pull(1.0)", "seconds": _spread(pulled), "added_to_step": _spread(added)},
+        ]
+    return rows
+
+
 def growth(plan: Plan, tick: Tick) -> list[Row]:
     """How the combined loss grows, one size at a time, beside BCE on the same logits."""
     rows = []
@@ -235,6 +263,7 @@ SECTIONS: dict[str, Callable[[Plan, Tick], list[Row]]] = {
     "otherwise": otherwise,
     "training_step": training_step,
     "inference": inference,
+    "pull": pull,
     "contrast": contrast,
     "growth": growth,
 }
@@ -339,6 +368,15 @@ def _training(
         optimizer.zero_grad()
         criterion(model(images), target).backward()
         optimizer.step()
+
+    return work
+
+
+def _last_layer(layer: nn.Module, beta: float | Pull, features: Tensor, target: Tensor) -> Callable[[], object]:
+    criterion = CombinedExudateLoss(beta=beta, features=FeatureTap(layer, layer=layer))
+
+    def work() -> object:
+        return torch.autograd.grad(criterion(layer(features), target), [features, *layer.parameters()])
 
     return work
 

@@ -111,6 +111,14 @@ TABLES: dict[str, tuple[str, list[Column]]] = {
             ("kept afterwards, MB", _megabytes("kept_bytes")),
         ],
     ),
+    "pull": (
+        "What a weight that sets itself adds to a training step",
+        [
+            ("work", _text("work")),
+            ("ms", _milliseconds("seconds")),
+            ("added, % of the step", _percent("added_to_step")),
+        ],
+    ),
     "contrast": (
         "The contrast alone, 16 channels, forward and backward",
         [

@@ -37,6 +37,7 @@ def tiny(monkeypatch):
             loop_side=20,
             encoders=("resnet18",),
             training=(2, 32),
+            settled=1,
             growth={"side": ((16, 16), (40, 24)), "area": (0.0, 0.5, 1.0), "stride": (1, 4), "patch_size": (8,)},
             growth_side=32,
             embeddings=(16, 24),
@@ -200,3 +201,13 @@ def test_readme_shows_the_recorded_cost():
         f"{100 * on_cuda['share_of_step']['median']:.0f} % of that step",
     ):
         assert shown in readme
+
+
+def test_one_section_can_be_measured_alone(tiny, tmp_path):
+    figures = tmp_path / "figures.json"
+    arguments = ["--quick", "--device", "cpu", "--only", "pull", "--output", str(tmp_path / "plots.png")]
+    assert run.main([*arguments, "--json", str(figures)]) == 0
+    ((name, rows),) = json.loads(figures.read_text())["sections"].items()
+    assert name == "pull"
+    assert ["added_to_step" in row for row in rows] == [False, True, False, True]
+    assert not (tmp_path / "plots.png").exists()

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from contrastive_exudate_loss.masks import Regions, density_regions, edge_region
 from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pull import Pull
 
-if TYPE_CHECKING:  # not in Python 3.10
-    pass
-
-# Training calls in which features given by hand are differentiated for a Pull: each of the first, then every so many.
+# For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
+# OFTEN training calls, then in every SELDOM-th.
 OFTEN, SELDOM = 100, 20
 
 

@@ -100,7 +100,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
             if self.max_patches is not None:
                 raise ValueError(f"give select or max_patches, not both, got {self.select} and {self.max_patches}")
 
-    def _selects(self) -> int | None:
+    def _selected_count(self) -> int | None:
         return None if isinstance(self.select, str) else self.select
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
@@ -112,7 +112,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
         vectors, present, fraction = (tensor.movedim(1, 0).flatten(1, 3) for tensor in pooled)
         dense = fraction > self.threshold
         labels = dense.to(present.device)
-        if self._selects() is None:
+        if self._selected_count() is None:
             return [Candidates(*own) for own in zip(vectors, labels, present, strict=True)]
         densest_and_sparsest_first = torch.where(dense, -fraction, fraction)
         return [Candidates(*own) for own in zip(vectors, labels, present, densest_and_sparsest_first, strict=True)]

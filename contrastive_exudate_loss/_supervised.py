@@ -1,4 +1,4 @@
-"""The supervised loss: binary cross-entropy over valid pixels, and whether a given one learns from ignored pixels."""
+"""The supervised loss: cross-entropies over valid pixels, and whether a given loss learns from ignored ones."""
 
 from collections.abc import Callable
 
@@ -66,15 +66,15 @@ def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Ca
     """
     if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, ignore_index)):
         return logits
-    watched = logits.view_as(logits)
+    view = logits.view_as(logits)
 
     def look(gradient: Tensor) -> None:
         ignored = ~lesion_and_valid(target, ignore_index)[1]
         if not target.is_cpu or bool(ignored.any()):
             report(bool(gradient.as_subclass(Tensor)[ignored].any()))
 
-    watched.register_hook(look)
-    return watched
+    view.register_hook(look)
+    return view
 
 
 def _ignores(target: Tensor, ignore_index: int | None) -> bool:

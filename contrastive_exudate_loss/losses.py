@@ -290,7 +290,7 @@ class CombinedExudateLoss(MaskLoss):
         Tang et al. 2023, arXiv 2302.11517.
     """
 
-    # Of the class, for earlier pickles.
+    # Class attributes, which pickles of earlier versions lack.
     _learning_seen = _told_to_wait = False
     _looks = LOOKS
     _doubts: tuple[str, ...] = CONFIRMED
@@ -500,7 +500,7 @@ class CombinedExudateLoss(MaskLoss):
         finest, mask = self._finest(logits, target)
         terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
         is_tapped = features is None
-        features = self._found(features, finest, needed=bool(terms))
+        features = self._term_features(features, finest, needed=bool(terms))
         if features is not None:
             _checks.check_features(features, mask)
             if not is_tapped:
@@ -513,7 +513,7 @@ class CombinedExudateLoss(MaskLoss):
             indices = [term.ignore_index for term in terms if ours]
             if self.classes is None and indices:
                 self._check_values(plain(mask), indices)
-            supervised = self._given_supervised(self.supervised, logits, target)
+            supervised = self._given_supervised(self.supervised, logits, target, finest, mask)
         if self.classes is not None:
             mask = masks_of(plain(mask), self.classes, self.ignore_index)
         mask = plain(mask)
@@ -675,7 +675,7 @@ class CombinedExudateLoss(MaskLoss):
         with full_precision(target):
             return cross_entropy(logits, index, self.ignore_index)
 
-    def _found(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
+    def _term_features(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
         """The features for the terms, those given or the tap's; None where they are not needed."""
         if features is None and self.tap is not None:
             if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
@@ -699,8 +699,9 @@ class CombinedExudateLoss(MaskLoss):
             )
         return features if needed else None
 
-    def _given_supervised(self, supervised: Callable[..., Any], logits: Any, target: Any) -> Tensor:
-        finest, mask = (levels[0] if isinstance(levels, (list, tuple)) else levels for levels in (logits, target))
+    def _given_supervised(
+        self, supervised: Callable[..., Any], logits: Any, target: Any, finest: Tensor, mask: Tensor
+    ) -> Tensor:
         if self.classes is None and not self._learning_seen and _checks.may_read(mask):
             seen = watched(finest, plain(mask), self.ignore_index, self._see_learning)
             logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen

@@ -1,4 +1,4 @@
-"""Modules that check their options once, and again only after one of them was set."""
+"""The base of the losses: when options and the target's values are checked."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class MaskLoss(nn.Module):
     A constructor sets the options and ends with self._check_changed_options(), with which every call begins.
     """
 
-    # Of the class, for pickles of 0.1.0.
+    # Class attributes, which pickles of 0.1.0 lack.
     _options_checked = False
     _values_checked = False
 

@@ -123,7 +123,7 @@ def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Ca
     """
     if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, ignore_index)):
         return logits
-    watched = logits.view_as(logits)
+    view = logits.view_as(logits)
 
     def look(gradient: Tensor) -> None:
         lesion, valid = lesion_and_valid(target, ignore_index)
@@ -131,8 +131,8 @@ def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Ca
             gradient = gradient.as_subclass(Tensor)
             report(bool(gradient[~valid].any()), bool(gradient.any()) or not bool(lesion.any()))
 
-    watched.register_hook(look)
-    return watched
+    view.register_hook(look)
+    return view
 
 
 def _ignores(target: Tensor, ignore_index: int | None) -> bool:

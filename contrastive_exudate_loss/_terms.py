@@ -22,13 +22,13 @@ class Candidates(NamedTuple):
     vectors: (M, C), floating.
     labels: (M,), bool.
     present: (M,), bool; the others count for nothing.
-    order: (M,), real: the lowest are selected first; None where all take part.
+    sort_key: (M,), real: the lowest are selected first; None where all take part.
     """
 
     vectors: Tensor
     labels: Tensor
     present: Tensor
-    order: Tensor | None = None
+    sort_key: Tensor | None = None
 
 
 class PatchContrastLoss(MaskLoss):
@@ -83,8 +83,8 @@ class PatchContrastLoss(MaskLoss):
             _checks.check_integer("max_patches", self.max_patches, 2)
         _checks.check_flag("gather_distributed", self.gather_distributed)
 
-    def _selects(self) -> int | None:
-        """How many embeddings of each label are selected by their order; None for all."""
+    def _selected_count(self) -> int | None:
+        """How many embeddings of each label are selected, lowest sort_key first; None for all."""
         return None
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
@@ -149,19 +149,19 @@ def full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:
     """Mean over the classes that have a contrast: draw at random, gather from all processes, select, contrast."""
     gathers = term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
-    most = term._selects()
+    most = term._selected_count()
     losses, contrasted = [], []
-    for found in classes:
+    for candidates in classes:
         if term.max_patches is not None:
-            drawn = torch.randperm(len(found.vectors), device=found.vectors.device)
-            found = _first(found, drawn, term.max_patches)
+            drawn = torch.randperm(len(candidates.vectors), device=candidates.vectors.device)
+            candidates = _first(candidates, drawn, term.max_patches)
         if gathers:
-            found = _gathered(found, len(classes))
-        if found.order is not None and most is not None:
-            found = _first(found, found.order, most)
-        shares = gathers and _shares_anchors(found.vectors)
+            candidates = _gathered(candidates, len(classes))
+        if candidates.sort_key is not None and most is not None:
+            candidates = _first(candidates, candidates.sort_key, most)
+        shares = gathers and _shares_anchors(candidates.vectors)
         part, parts = rank_and_count() if shares else (0, 1)
-        vectors, labels, present, _ = found
+        vectors, labels, present, _ = candidates
         loss = contrast_loss(
             vectors,
             labels,
@@ -201,19 +201,20 @@ def _shown_classes(target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor
     return target if bool(shown.all()) else target[:, shown]
 
 
-def _first(found: Candidates, order: Tensor, most: int) -> Candidates:
-    """The first of each label, at most so many."""
-    index, present = first_of_each_label(order, found.labels, found.present, most)
-    return Candidates(found.vectors[index], found.labels[index], present)
+def _first(candidates: Candidates, sort_key: Tensor, most: int) -> Candidates:
+    """Those of each label with the lowest sort_key, at most so many."""
+    index, present = first_of_each_label(sort_key, candidates.labels, candidates.present, most)
+    return Candidates(candidates.vectors[index], candidates.labels[index], present)
 
 
-def _gathered(found: Candidates, classes: int) -> Candidates:
-    """What is present on all processes."""
-    columns = [column[found.present] for column in (found.labels, found.order) if column is not None]
-    vectors, labels, *order = of_all_ranks(found.vectors[found.present], *columns, classes=classes)
-    return Candidates(vectors, labels, torch.ones_like(labels), *order)
+def _gathered(candidates: Candidates, classes: int) -> Candidates:
+    """The present ones of all processes."""
+    vectors, labels, present, sort_key = candidates
+    columns = [column[present] for column in (labels, sort_key) if column is not None]
+    vectors, labels, *sort_keys = of_all_ranks(vectors[present], *columns, classes=classes)
+    return Candidates(vectors, labels, torch.ones_like(labels), *sort_keys)
 
 
 def _shares_anchors(vectors: Tensor) -> bool:
-    """Whether each process contrasts its part of the anchors; on the CPU the whole, pairwise, is faster for a few."""
+    """Whether each process contrasts its part of the anchors; on the CPU contrasting all is faster for a few."""
     return not vectors.is_cpu

@@ -75,25 +75,25 @@ def directions(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / norm, scale, norm
 
 
-def first_of_each_label(rank: Tensor, labels: Tensor, present: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Indices of the present embeddings of lowest rank, at most limit for each label.
+def first_of_each_label(sort_key: Tensor, labels: Tensor, present: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Indices of the present embeddings with the lowest sort_key, at most so many of each label.
 
     Args:
-        rank: (M,), real and finite; ties go to the earlier index.
+        sort_key: (M,), real and finite; ties go to the earlier index.
         labels: (M,), bool.
         present: (M,), bool.
-        limit: > 0.
+        most: of each label, > 0.
 
     Returns:
-        index: (N,), int64, with N = 2 min(M, limit) whatever the labels.
+        index: (N,), int64, with N = 2 min(M, most) whatever the labels.
         present: (N,), bool; False fills up the places of a label with fewer embeddings.
     """
-    # Where the labels' device has no float64, the ranks lie on the CPU.
-    order = rank.argsort(stable=True).to(labels.device)
+    # Where the labels' device has no float64, sort_key lies on the CPU.
+    order = sort_key.argsort(stable=True).to(labels.device)
     indices, flags = [], []
     for label in (labels, ~labels):
         member = (present & label)[order]
-        first = (~member).byte().argsort(stable=True)[:limit]
+        first = (~member).byte().argsort(stable=True)[:most]
         indices.append(order[first])
         flags.append(member[first])
     return torch.cat(indices), torch.cat(flags)

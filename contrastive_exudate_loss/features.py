@@ -58,7 +58,7 @@ class FeatureTap:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.DataParallel):
             raise ValueError(_DATA_PARALLEL)
-        given = None if layer is None else _found(model, layer)
+        given = None if layer is None else _named_layer(model, layer)
         self._features: Tensor | None = None
         self._layer_name: str | None = None
         self._closed = False
@@ -475,7 +475,7 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _found(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
+def _named_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
     modules = dict(model.named_modules())
     if isinstance(layer, str):
         if layer in modules:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,8 @@ from contrastive_exudate_loss.masks import Regions, density_regions, edge_region
 from contrastive_exudate_loss.morphology import FOOTPRINTS
 from contrastive_exudate_loss.pull import Pull
 
-if TYPE_CHECKING:  # not in Python 3.10
-    pass
-
-# Training calls in which features given by hand are differentiated for a Pull: each of the first, then every so many.
+# For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
+# OFTEN training calls, then in every SELDOM-th.
 OFTEN, SELDOM = 100, 20
 
 
@@ -103,7 +101,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
             if self.max_patches is not None:
                 raise ValueError(f"give select or max_patches, not both, got {self.select} and {self.max_patches}")
 
-    def _selects(self) -> int | None:
+    def _selected_count(self) -> int | None:
         return None if isinstance(self.select, str) else self.select
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
@@ -115,7 +113,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
         vectors, present, fraction = (tensor.movedim(1, 0).flatten(1, 3) for tensor in pooled)
         dense = fraction > self.threshold
         labels = dense.to(present.device)
-        if self._selects() is None:
+        if self._selected_count() is None:
             return [Candidates(*own) for own in zip(vectors, labels, present, strict=True)]
         densest_and_sparsest_first = torch.where(dense, -fraction, fraction)
         return [Candidates(*own) for own in zip(vectors, labels, present, densest_and_sparsest_first, strict=True)]
@@ -293,7 +291,7 @@ class CombinedExudateLoss(MaskLoss):
         Tang et al. 2023, arXiv 2302.11517.
     """
 
-    # Of the class, for earlier pickles.
+    # Class attributes, which pickles of earlier versions lack.
     _learning_seen = _told_to_wait = False
     _looks = LOOKS
     _doubts: tuple[str, ...] = CONFIRMED
@@ -507,7 +505,7 @@ class CombinedExudateLoss(MaskLoss):
         finest, mask = self._finest(logits, target)
         terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
         is_tapped = features is None
-        features = self._found(features, finest, needed=bool(terms))
+        features = self._term_features(features, finest, needed=bool(terms))
         if features is not None:
             _checks.check_features(features, mask)
             if not is_tapped:
@@ -520,7 +518,7 @@ class CombinedExudateLoss(MaskLoss):
             indices = [term.ignore_index for term in terms if ours]
             if self.classes is None and indices:
                 self._check_values(plain(mask), indices)
-            supervised = self._given_supervised(self.supervised, logits, target)
+            supervised = self._given_supervised(self.supervised, logits, target, finest, mask)
         if self.classes is not None:
             mask = masks_of(plain(mask), self.classes, self.ignore_index)
         mask = plain(mask)
@@ -711,7 +709,7 @@ class CombinedExudateLoss(MaskLoss):
         with full_precision(target):
             return cross_entropy(logits, index, self.ignore_index)
 
-    def _found(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
+    def _term_features(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
         """The features for the terms, those given or the tap's; None where they are not needed."""
         if features is None and self.tap is not None:
             if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
@@ -735,8 +733,9 @@ class CombinedExudateLoss(MaskLoss):
             )
         return features if needed else None
 
-    def _given_supervised(self, supervised: Callable[..., Any], logits: Any, target: Any) -> Tensor:
-        finest, mask = (levels[0] if isinstance(levels, (list, tuple)) else levels for levels in (logits, target))
+    def _given_supervised(
+        self, supervised: Callable[..., Any], logits: Any, target: Any, finest: Tensor, mask: Tensor
+    ) -> Tensor:
         if self.classes is None and not self._learning_seen and _checks.may_read(mask):
             seen = watched(finest, plain(mask), self.ignore_index, self._see_learning)
             logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen

@@ -30,7 +30,7 @@ def density_regions(target: Tensor, sides: tuple[int, int], ignore_index: int | 
         sides: patch height and width, in pixels.
         ignore_index: value of pixels that count for nothing.
     """
-    valid, fraction = _callable(_density_masks, target)(target, sides, ignore_index)
+    valid, fraction = _chosen(_density_masks, target)(target, sides, ignore_index)
     return Regions((valid,), fraction)
 
 
@@ -57,12 +57,12 @@ def edge_regions(
         ignore_index: value of pixels that count for nothing.
     """
     options = list(inner_radius), list(outer_radius), footprint, isolate_patches, density_threshold, ignore_index
-    return Regions(_callable(_edge_masks, target)(target, sides, *options))
+    return Regions(_chosen(_edge_masks, target)(target, sides, *options))
 
 
 def side_by_side(masks: Sequence[Tensor]) -> Tensor:
     """Masks (B, K, H, W) joined along K."""
-    joined: Tensor = masks[0] if len(masks) == 1 else _callable(_joined, masks[0])(masks)
+    joined: Tensor = masks[0] if len(masks) == 1 else _chosen(_joined, masks[0])(masks)
     return joined
 
 
@@ -142,6 +142,6 @@ def _operator(masks: Callable[..., Any], schema: str) -> Callable[..., Any]:
 _OPERATORS = {masks: _operator(masks, schema) for masks, schema in _SCHEMAS.items()}
 
 
-def _callable(masks: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+def _chosen(masks: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
     """The function itself, or in compiled code on the CPU its operator."""
     return _OPERATORS[masks] if tensor.is_cpu and torch.compiler.is_compiling() else masks

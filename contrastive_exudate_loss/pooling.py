@@ -10,8 +10,8 @@ from torch import Tensor
 
 from contrastive_exudate_loss.slots import blocks_of, filled_up, layout_of, resampled, slot_weights
 
-# A mask of fewer pixels than this share is summed pixel by pixel where that is possible.
-SPARSE = 0.125
+# A mask that covers at most this fraction of the features' cells is summed pixel by pixel on the CPU.
+SCATTERED = 0.125
 # Features to sum at a time where they are copied on the way, and where they are not: little memory, yet enough for a
 # CPU's threads.
 COPIED, READ = 1_048_576, 8_388_608
@@ -229,7 +229,7 @@ def _by_content(weights: Tensor, size: Sequence[int]) -> _Content:
     content = _Content([], [], [])
     for t, weight in enumerate(weights[..., : size[0], : size[1]].unbind(1)):
         count = int(weight.count_nonzero())
-        if count <= SPARSE * weight.numel():
+        if count <= SCATTERED * weight.numel():
             content.scattered.append(t)
         elif count == weight.numel() and (weight.dtype == torch.bool or bool(weight.min() == weight.max())):
             content.constant.append(t)

@@ -26,7 +26,7 @@ def way(request, monkeypatch):
         other = SimpleNamespace(apply=lambda *inputs: pooling._sums_by_shape(*inputs, pool))
         monkeypatch.setattr(pooling, "_SumsByContent", other)
     elif request.param != "as chosen":
-        monkeypatch.setattr(pooling, "SPARSE", 1 if request.param == "pixel by pixel" else -1)
+        monkeypatch.setattr(pooling, "SCATTERED", 1 if request.param == "pixel by pixel" else -1)
         monkeypatch.setattr(pooling, "COPIED", 100)
         monkeypatch.setattr(pooling, "READ", 100)
 

@@ -141,7 +141,7 @@ def test_losses_of_other_packages_work_untouched(name):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda x, t, f: (x[:, :3], t, f), ValueError, "classes from 0 to 2, as many as logits has channels, got 3"),
+        (lambda x, t, f: (x[:, :3], t, f), ValueError, "classes from 0 to 2, one for each channel of logits, got 3"),
         (
             lambda x, t, f: (x, t.float(), f),
             TypeError,
@@ -256,7 +256,7 @@ def test_deep_supervision_needs_a_loss():
     logits, index, features = batch(classes=1)
     with pytest.raises(ValueError, match="supervised must be given where logits are the levels"):
         CombinedExudateLoss(**FIXED)(levels(logits), (index > 0).unsqueeze(1), features)
-    with pytest.raises(ValueError, match=r"become a list by logits.unbind\(1\)"):
+    with pytest.raises(ValueError, match=r"make them a list with logits.unbind\(1\)"):
         CombinedExudateLoss(**FIXED)(logits[:, None], (index > 0).unsqueeze(1), features)
 
 

@@ -331,7 +331,7 @@ def test_holds_what_survives_a_round_trip(dtype):
         ("unet", None, TypeError, "model must be a torch.nn.Module, got str"),
         (torch.nn.DataParallel(torch.nn.Conv2d(2, 1, 1)), None, ValueError, "model must not be nn.DataParallel"),
         (torch.nn.Conv2d(2, 1, 1), "head", ValueError, "layer must be the dotted name of a module"),
-        (torch.nn.ModuleDict({"head": torch.nn.ReLU()}), "heads", ValueError, "got 'heads'; near to it: 'head'"),
+        (torch.nn.ModuleDict({"head": torch.nn.ReLU()}), "heads", ValueError, "got 'heads'; did you mean 'head'\\?"),
         (torch.nn.ModuleDict({"_orig_mod": torch.nn.ReLU()}), "head", ValueError, "tap a model before torch.compile"),
         (torch.nn.Conv2d(2, 1, 1), 3, TypeError, "layer must be a module of the model or its dotted name, got int"),
         (

@@ -60,14 +60,14 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_radius(name: str, value: object, *, pairs: bool) -> None:
-    """Raise unless value is an integer >= 1 or, where pairs make sense, a sequence of two such."""
+    """Raise unless value is an integer >= 1 or, if pairs are allowed, a sequence of two of them."""
     if isinstance(value, numbers.Integral):
         check_integer(name, value, 1)
         return
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{name} must be an int >= 1 or a pair of ints, got {_shown(value)}")
     if len(value) != 2:
-        raise ValueError(f"{name} must be an int >= 1 or a pair (in sparse patches, in dense patches), got {value!r}")
+        raise ValueError(f"{name} must be an int >= 1 or a pair (for sparse patches, for dense patches), got {value!r}")
     if not pairs:
         raise ValueError(f"{name} must be an int >= 1 unless density_threshold is given, got the pair {value!r}")
     for radius in value:
@@ -88,7 +88,7 @@ def check_classes(value: object, ignore_index: int | None) -> None:
 
 
 def check_part(name: str, part: object, kind: type[nn.Module], ignore_index: int | None, *, always: bool) -> None:
-    """Raise unless part is a kind whose ignore_index does not contradict this one, which None does if always."""
+    """Raise unless part is a kind whose ignore_index agrees with this one; None agrees with any unless always."""
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be None or a {kind.__name__}, got {type(part).__name__}")
     if (always or ignore_index is not None) and part.ignore_index != ignore_index:
@@ -125,21 +125,21 @@ def check_index(index: Tensor, name: str = "index") -> None:
     _check_tensor(name, index, "(B, H, W) or (B, 1, H, W)")
     shape = tuple(index.shape)
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 1):
-        remedy = "give the class of each pixel, or leave classes out where the target is a mask for each lesion"
+        remedy = "give the class of each pixel, or leave classes out if the target is one mask per lesion"
         if len(shape) == 4 and shape[3] == 1:
-            remedy = f"the last axis is too much: {name}.squeeze(3)"
+            remedy = f"drop the last axis with {name}.squeeze(3)"
         elif len(shape) == 2:
             remedy = f"add the batch axis with {name}[None]"
         elif len(shape) == 5:
             remedy = "images are 2-D: give slices of volumes as a batch"
         raise ValueError(
-            f"{name} must be an index mask, (B, H, W) or (B, 1, H, W), with classes, got {shape}; {remedy}"
+            f"{name} must be an index mask, (B, H, W) or (B, 1, H, W), when classes are given, got {shape}; {remedy}"
         )
     if index.numel() == 0:
         raise ValueError(f"{name} must be (B, H, W) with no axis of length 0, got {shape}")
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         remedy = f"give {name}.long()" + ("" if index.dtype == torch.bool else " if it holds whole numbers")
-        raise TypeError(f"{name} must be an integer index mask with classes, got {index.dtype}; {remedy}")
+        raise TypeError(f"{name} must be an integer index mask when classes are given, got {index.dtype}; {remedy}")
 
 
 def check_index_values(index: Tensor, classes: int, ignore_index: int | None) -> None:
@@ -151,8 +151,8 @@ def check_index_values(index: Tensor, classes: int, ignore_index: int | None) ->
         wrong = index[~allowed].unique()
         ignored = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
         remedy = (
-            "give the network as many channels as there are classes, the background included, and ignore_index if a "
-            "value marks pixels to leave out"
+            "give the network one channel for each class, including the background, and set ignore_index if a value "
+            "marks pixels to leave out"
         )
         if wrong.tolist() == [255]:
             remedy = (
@@ -162,7 +162,7 @@ def check_index_values(index: Tensor, classes: int, ignore_index: int | None) ->
         elif int(wrong[-1]) >= GREY:
             remedy = "turn a grey mask, as JPEG files and resizing give, into (target > 127).long()"
         raise ValueError(
-            f"target must hold classes from 0 to {classes - 1}, as many as logits has channels{ignored}, got "
+            f"target must hold classes from 0 to {classes - 1}, one for each channel of logits{ignored}, got "
             f"{', '.join(map(str, wrong[:5].tolist()))}; {remedy}"
         )
 
@@ -180,7 +180,7 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
 
 
 def check_class_logits(logits: Tensor, index: Tensor) -> None:
-    """Raise unless logits is floating, (B, any number, H, W), of the size and device of the (checked) index mask."""
+    """Raise unless logits is floating, (B, C, H, W) with any C, of the size and device of the (checked) index mask."""
     _check_images("logits", logits, "(B, C, H, W)", _other_axes("logits", logits))
     _check_floating("logits", logits)
     _check_device("logits", logits, index)
@@ -267,7 +267,7 @@ def _check_images(name: str, value: Any, axes: str, remedy: str) -> None:
 
 
 def _other_axes(name: str, value: object) -> str:
-    """What to do with a value that has not four axes."""
+    """What to do with a value that does not have four axes."""
     axes = value.dim() if isinstance(value, Tensor) else 0
     if axes == 2:
         return f"add the batch and the class axis with {name}[None, None]"
@@ -278,18 +278,18 @@ def _other_axes(name: str, value: object) -> str:
         return f"add the class axis with {name}.unsqueeze(1)" + (several if name == "target" else "")
     if axes == 5:
         return (
-            "images are 2-D: give slices of volumes as a batch; levels of deep supervision that are stacked on axis 1 "
-            f"become a list by {name}.unbind(1)"
+            "images are 2-D: give slices of volumes as a batch; if axis 1 stacks the levels of deep supervision, make "
+            f"them a list with {name}.unbind(1)"
         )
     return "give a batch of 2-D images"
 
 
 def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
-    """What to do with a target of other values than 0 and 1; wrong holds these, each once, in rising order."""
+    """What to do with a target of values other than 0 and 1; wrong holds each of these once, in rising order."""
     if wrong.numel() == 1 and float(wrong[0]) == 255:
         return (
             "turn a 0/255 mask into target > 127; give ignore_index=255 only if 255 marks pixels to leave out, since "
-            "it would ignore every lesion marked so"
+            "all pixels marked 255 are then ignored, lesions included"
         )
     whole = bool((wrong == wrong.round()).all())
     if whole and float(wrong[0]) >= 2 and len(wrong) == 1 and ignore_index is None:
@@ -307,14 +307,14 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
             "the index mask as (B, H, W); if a value marks pixels to leave out, give it as ignore_index"
         )
     if not whole and float(wrong[0]) > 0 and float(wrong[-1]) < 1:
-        return "a mask that was resized or smoothed must be made hard again, for example by target > 0.5"
-    return "say which values are lesion, as by target == value, and give ignore_index if one marks pixels to leave out"
+        return "threshold a mask that was resized or smoothed, for example with target > 0.5"
+    return "say which values are lesion, as in target == value, and set ignore_index if one marks pixels to leave out"
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATING:
         raise TypeError(
-            f"{name} must be floating, of 16 bits at least, got {tensor.dtype}; give the network's own output"
+            f"{name} must be floating, of at least 16 bits, got {tensor.dtype}; give the network's own output"
         )
 
 
@@ -329,14 +329,16 @@ def _check_device(name: str, tensor: Tensor, target: Tensor) -> None:
 def _remedy(logits: Tensor, target: Tensor) -> str:
     if logits.shape[0] != target.shape[0] or logits.shape[2:] != target.shape[2:]:
         if target.shape[3] == 1 and target.shape[1:3] == logits.shape[2:]:
-            return "; the target's class axis comes second: target.movedim(3, 1)"
+            return "; move target's class axis to second place with target.movedim(3, 1)"
         return _other_size(logits, target)
     if target.shape[1] == 1 and not target.is_floating_point():
         return (
             f"; if target holds the class of each pixel, give the criterion classes=range(1, {logits.shape[1]}), "
             "without the background"
         )
-    remedy = "; give one target channel of 0 and 1 per lesion class, none for the background, and as many logits"
+    remedy = (
+        "; give one target channel of 0 and 1 per lesion class, none for the background, and as many logit channels"
+    )
     if target.shape[1] == logits.shape[1] + 1:
         remedy += (
             "; if the first channel is the background, give target[:, 1:]; if the last marks pixels to ignore, as in "
@@ -351,7 +353,7 @@ def _other_size(logits: Tensor, target: Tensor) -> str:
         return "; logits and target must come from the same batch"
     return (
         "; resize logits with torch.nn.functional.interpolate(logits, size=target.shape[-2:]); for deep supervision "
-        "give the criterion the list of logits, and the wrapper that weighs the levels as supervised="
+        "give the criterion the list of logits, and supervised= the wrapper that weighs the levels"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is wrong in silence, but can be seen in the first batches: a sentence for each suspicion."""
+"""What raises no error, but looks wrong in the first batches: a sentence for each suspicion."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from contrastive_exudate_loss import _checks
 
-LOOKS = 10  # batches that are looked at on the CPU; elsewhere, where looking waits for the device, one
-# What a batch may show by chance: only if all that are looked at show it, something is wrong.
+LOOKS = 10  # batches to look at on the CPU; on other devices, where looking waits for the device, one
+# A single batch may show these by chance: warn only if all batches that are looked at do.
 CONFIRMED = ("probabilities", "ignored")
 
 
@@ -24,7 +24,7 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
     made_by = logits.grad_fn.name() if logits.grad_fn is not None else ""
     lowest, highest = logits.detach().aminmax()
     if made_by.startswith(("Sigmoid", "Softmax")):
-        yield "sigmoid", f"logits come out of a {made_by.removesuffix('Backward0').lower()}; {remedy}"
+        yield "sigmoid", f"logits come from a {made_by.removesuffix('Backward0').lower()}; {remedy}"
     elif bool((lowest >= 0) & (highest <= 1) & (lowest < highest)):
         yield "probabilities", f"logits were between 0 and 1 in all batches so far, like probabilities; {remedy}"
     if target.shape[1] > 1 and bool((target.sum(1, dtype=torch.int64) == 1).all()):

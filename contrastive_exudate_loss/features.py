@@ -16,24 +16,24 @@ from contrastive_exudate_loss import _checks, graph, probe
 from contrastive_exudate_loss.norms import Recorded, write_norm
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-# A way from the main logits to the criterion's is probed once, or so often: a random permutation of two images leaves
-# them alone in every second batch.
+# A way from the main logits to the criterion's is probed once, but so often if it takes indices: a random permutation
+# of two images leaves them in place in every second batch.
 _LOOKS_AT_AN_INDEX = 8
 _DATA_PARALLEL = (
-    "model must not be nn.DataParallel, whose replicas leave no features behind; use DistributedDataParallel, and tap "
-    "the model inside"
+    "model must not be nn.DataParallel, since the features of its replicas are lost; use DistributedDataParallel, and "
+    "tap the model inside it"
 )
 
 
 class FeatureTap:
     """Keeps the input of the layer that makes a model's logits, so that a criterion finds it there.
 
-    Without layer, the first eager forward pass with gradients chooses: the autograd graph is followed back from the
-    main logits (the output itself, its "out" or "logits", or the first of a tuple) to the nearest convolution or
-    linear layer that has a 4-D input of at least two channels.
+    Without layer, the tap chooses one in the first eager forward pass with gradients: it follows the autograd graph
+    back from the main logits (the output itself, its "out" or "logits", or the first of a tuple) to the nearest
+    convolution or linear layer that has a 4-D input of at least two channels.
     The features are those of the model's last forward pass: call the criterion before the next one.
     Tap before torch.compile; then give layer, or run one eager training step first.
-    Copies and pickles of a tapped model are untapped, and the model itself is when nobody holds the tap any more.
+    Copies and pickles of a tapped model are untapped. The hooks go when the last reference to the tap does.
 
     Args:
         model: the network, called as model(images); not wrapped in nn.DataParallel.
@@ -41,9 +41,9 @@ class FeatureTap:
             A linear layer's input is (B, h, w, C) and is kept as (B, C, h, w).
 
     Raises:
-        TypeError: model is no module, or layer neither module nor name.
-        ValueError: layer is not in model, model is an nn.DataParallel, or no single layer makes the logits.
-        RuntimeError: the features are asked for before they are there, or a second time by a criterion.
+        TypeError: model is not a module, or layer is neither a module nor a name.
+        ValueError: layer is not in model, model is an nn.DataParallel, or not exactly one layer makes the logits.
+        RuntimeError: the features are asked for before they exist, or by a criterion for a second time.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
@@ -64,14 +64,14 @@ class FeatureTap:
         self._closed = False
         self._taken = False
         self._running = False
-        self._ran = False  # whether the model's last forward pass came to its end
+        self._ran = False  # whether the model's last forward pass finished
         self._runs = 0
-        self.measures = False  # whether to write down the norm of the gradient at the layer's input, for a Pull
+        self.measures = False  # whether to record the norm of the gradient at the layer's input, for a Pull
         self.norm = torch.zeros(2)  # number of backward passes, and the norm in the last
         self._given: Tensor | None = None  # the layer's input in the last forward pass
         self._records = False  # whether the layer got a recorded copy of it
         self._main: GradientEdge | None = None  # where the model's main logits were made
-        self._looks: dict[Any, int] = {}  # how often to look again at a way
+        self._looks: dict[Any, int] = {}  # how often to probe a way again
         self._chooses = layer is None
         self._model = weakref.ref(model)
         self._seen: dict[Node, graph.Run] = {}
@@ -92,31 +92,31 @@ class FeatureTap:
     def features(self) -> Tensor:
         """The layer's input in the model's last forward pass, (B, C, h, w), floating."""
         if self._closed:
-            raise RuntimeError("this FeatureTap is closed, or a copy, and a copy is untapped; make one for this model")
+            raise RuntimeError("this FeatureTap is closed, or a copy, which is untapped; make a new one for this model")
         if self._features is None and self._taken:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
-                "untapped) again before the next loss, or call criterion.terms(), which gives every term at once; "
+                "untapped) again before the next loss, or call criterion.terms(), which returns every term at once; "
                 "several criteria on one pass need a tap each; for deep supervision give the criterion the list of "
                 "logits, and the wrapper that weighs them as supervised="
             )
         if self._features is None and self._layer_name is not None and self._ran:
             raise RuntimeError(
-                f"the tap has no features: its model has run, but layer {self._layer_name!r}, as it was when it was "
-                "tapped, has not; where another took its place since (a new head, PEFT's modules_to_save), or the "
-                "model was compiled before, make a new FeatureTap(model); where the model leaves this layer out, give "
-                "FeatureTap(model, layer=NAME) another"
+                f"the tap has no features: its model has run, but layer {self._layer_name!r}, as it was when tapped, "
+                "has not; if it was replaced since (a new head, PEFT's modules_to_save), or the model was compiled "
+                "before it was tapped, make a new FeatureTap(model); if the model skips this layer, name another with "
+                "FeatureTap(model, layer=NAME)"
             )
         if self._features is None:
             raise RuntimeError(
-                "the tap has no features: its model has not run as model(images) since it was tapped, or not with "
-                "gradients, or only compiled, or in a reentrant checkpoint; run one eager forward pass with gradients "
-                "first, or give FeatureTap(model, layer=...), and to a checkpoint use_reentrant=False"
+                "the tap has no features: its model has not run as model(images) since it was tapped, or only without "
+                "gradients, compiled, or in a reentrant checkpoint; run one eager forward pass with gradients first, "
+                "or give FeatureTap(model, layer=...); give a checkpoint use_reentrant=False"
             )
         if self._runs > 1:
             raise RuntimeError(
-                f"layer {self._layer_name!r} ran {self._runs} times in one forward pass, so its input is no single "
-                "tensor; give features to the criterion yourself"
+                f"layer {self._layer_name!r} ran {self._runs} times in one forward pass, so its input is not one "
+                "tensor; give the features to the criterion yourself"
             )
         return self._features
 
@@ -132,14 +132,14 @@ class FeatureTap:
         return features
 
     def drop(self) -> None:
-        """Let the features go, if there are any: a criterion had no use for them."""
+        """Drop the features, if there are any, when a criterion does not need them."""
         self._taken = self._taken or self._features is not None
         self._features = self._main = None
         if not self.measures:  # or a criterion is going to ask for it
             self._given = None
 
     def close(self) -> None:
-        """Remove the hooks and drop the features: the model is as it was."""
+        """Remove the hooks and drop the features, which leaves the model as it was."""
         _remove(self._handles, self._watchers)
         self._features = self._main = self._given = None
         self._closed = True
@@ -185,7 +185,7 @@ class FeatureTap:
             try:
                 self._choose(model, output)
             except ValueError:
-                self.close()  # or the next tap, with a layer given, would run into this one's error
+                self.close()  # or this tap's error would be raised again under the next tap, with a layer given
                 raise
             self._seen.clear()
 
@@ -204,8 +204,7 @@ class FeatureTap:
         if new:
             raise ValueError(
                 f"model must have all its layers before it is tapped, but {', '.join(map(repr, new))} came later, put "
-                "in by hand or by PEFT, or built while the model ran; now that it has them, make a new "
-                "FeatureTap(model)"
+                "in by hand or by PEFT, or built while the model ran; make a new FeatureTap(model) now"
             )
         found = graph.nearest_layers(logits.grad_fn, self._seen)
         names = sorted({run.name for run in found})
@@ -215,8 +214,8 @@ class FeatureTap:
                 which = f"the layers {', '.join(map(repr, names))} all make"
             ran = ", ".join(repr(run.name) for run in self._seen.values())
             raise ValueError(
-                f"{which} the logits; give FeatureTap(model, layer=NAME) the layer whose input is the features, or "
-                f"give the features to the criterion yourself"
+                f"{which} the logits; give FeatureTap(model, layer=NAME), with the layer whose input is the features, "
+                f"or give the features to the criterion yourself"
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
             )
         name, module, made, given, features = found[0]
@@ -242,12 +241,12 @@ class FeatureTap:
                 f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; {remedy}"
             )
         if not self._running:
-            self._main = None  # of a pass whose features these are not
+            self._main = None  # these features are not of the pass that made it
         self._features, self._given = _channels_second(layer, given), given
         self._runs = self._runs + 1 if self._running else 1
         if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
             return None
-        # The layer gets a copy whose gradient is that of the logits alone, the terms the input itself.
+        # The layer gets a copy, whose gradient comes from the logits alone; the terms get the input itself.
         recorded = Recorded.apply(given, self.norm, 1, True, None, None)
         self._records = True
         swapped = {id(given): recorded}
@@ -271,21 +270,21 @@ class FeatureTap:
         self._records = True
 
     def _can_record(self, given: Tensor) -> bool:
-        """Whether there is a record on the device; compiled code cannot make one."""
+        """Whether self.norm is on the input's device; compiled code cannot move it there."""
         if self.norm.device != given.device and not torch.compiler.is_compiling():
             self.norm = self.norm.to(given.device)
         return self.norm.device == given.device
 
 
 def layer_input(tap: FeatureTap, features: Tensor | None) -> tuple[Tensor | None, bool]:
-    """The layer's input in the last forward pass, and whether the backward pass will write down its gradient's norm.
+    """The layer's input in the last forward pass, and whether the backward pass will record its gradient's norm.
 
     Args:
-        tap: is asked once a forward pass.
-        features: what was made of the tapped ones; None where they are used as they are.
+        tap: to be asked once in each forward pass.
+        features: what was made from the tapped ones; None if they are used as they are.
 
     Returns:
-        (None, False) where the features are made of something else.
+        (None, False) if the features are made from something else.
     """
     given, tap._given = tap._given, None
     if given is None or features is None or torch.compiler.is_compiling():
@@ -298,12 +297,12 @@ def layer_input(tap: FeatureTap, features: Tensor | None) -> tuple[Tensor | None
 
 
 def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:
-    """What tap.take() gives, for a criterion on these logits.
+    """What tap.take() returns, for a criterion on these logits.
 
     Raises:
-        ValueError: the features require no gradient while the logits do, or the logits do not belong to them, by their
-            number or as far as the autograd graph tells.
-        RuntimeError: the tap has nothing to give.
+        ValueError: the features require no gradient while the logits do, or the logits do not belong to them, judged
+            by the number of images or by the autograd graph.
+        RuntimeError: the tap has no features.
     """
     features = tap.features
     if not torch.compiler.is_compiling():
@@ -317,22 +316,22 @@ def check_gradient(features: Tensor, logits: Tensor, tap: FeatureTap | None = No
     """Raise unless the features, from a tap or given by hand, require a gradient where the logits do."""
     if not torch.is_grad_enabled() or not logits.requires_grad or features.requires_grad:
         return
-    frozen = "where everything before the last layer is frozen the terms can train nothing: set alpha = beta = 0"
+    frozen = "if everything before the last layer is frozen, the terms can train nothing: set alpha = beta = 0"
     if tap is None:
         raise ValueError(
-            "features must require a gradient like logits, or the terms train nothing, got features without one; give "
-            f"them as the model made them, neither detached nor under torch.no_grad(); {frozen}"
+            "features must require a gradient, as logits do, or the terms train nothing, got features without one; "
+            f"give them as the model made them, neither detached nor under torch.no_grad(); {frozen}"
         )
     raise ValueError(
-        f"features from the tap must require a gradient like logits, got features without one from {tap}; where "
-        "the model has run again without gradients, call the criterion before that; a checkpointed layer needs "
-        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False); {frozen}; where this is not the layer that "
-        "makes the logits, give FeatureTap(model, layer=NAME)"
+        f"features from the tap must require a gradient, as logits do, got features without one from {tap}; if the "
+        "model has run again without gradients, call the criterion before that; a checkpointed layer needs "
+        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False); {frozen}; if another layer makes the logits, "
+        "give FeatureTap(model, layer=NAME)"
     )
 
 
 def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
-    """Raise unless the features are those behind the logits, as far as numbers and the autograd graph tell."""
+    """Raise unless the features are those behind the logits, judged by batch sizes and the autograd graph."""
     made, main = logits.grad_fn, tap._main
     since = [] if made is None or main is None else graph.nodes_since(main.node, made)
     origin = graph.out_of_wrapper(main, since) if main is not None and main.node in since else None
@@ -347,7 +346,7 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
         if tap._chooses and main is not None and main.node not in graph.nodes_behind(made):
             raise ValueError(
                 f"logits must be made from the model's main ones, for which the tap chose its layer, got others; give "
-                f"FeatureTap(model, layer=NAME) the layer that makes these, in place of {tap}"
+                f"FeatureTap(model, layer=NAME), with the layer that makes these, in place of {tap}"
             )
     if made is not None and not tap._chooses and not _lies_behind(tap._given, made):
         raise ValueError(
@@ -360,11 +359,11 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
         remedy = "call the criterion after each pass, on the logits of that pass"
         if logits.shape[0] < features.shape[0]:
             remedy = (
-                "where only the first n images have a target, give their features: "
+                "if only the first n images have a target, give their features: "
                 "criterion(logits, target, criterion.tap.take()[:n])"
             )
         raise ValueError(
-            f"logits must be of all {features.shape[0]} images of the model's last forward pass, like the features of "
+            f"logits must cover all {features.shape[0]} images of the model's last forward pass, like the features of "
             f"{tap}, got those of {logits.shape[0]}; {remedy}"
         )
     if origin is not None and made is not origin.node and _checks.may_read(logits):
@@ -380,7 +379,7 @@ def _lies_behind(given: Tensor | None, made: Node) -> bool:
 
 
 def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Sequence[Node]) -> None:
-    """Raise unless the logits show each image and pixel where the main ones do; looks at ways that are new alone."""
+    """Raise unless the logits show each image and pixel where the main ones do; probes only ways that are new."""
     way = logits.shape, probe.shape_of(main), graph.signature(since)
     looks = tap._looks.get(way)
     if looks == 0:
@@ -390,10 +389,10 @@ def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Seque
         _check_layers(tap, steps)
     if not probe.keeps_places(logits, main, steps):
         raise ValueError(
-            "logits must show each image and pixel where the tapped model's own logits show it, resized at most, but "
-            "since then these were cut, padded, flipped, reordered or put together, which the tapped features were "
-            "not; call the criterion before that, or give it features that were treated alike; where images are "
-            "padded, pad the target too, with ignore_index"
+            "logits must show each image and pixel where the tapped model's own logits do, apart from resizing, but "
+            "these were cut, padded, flipped, reordered or put together since, and the tapped features were not; call "
+            "the criterion before that, or give it features that were treated alike; if images are padded, pad the "
+            "target too, with ignore_index"
         )
     tap._looks[way] = (_LOOKS_AT_AN_INDEX if graph.has_index(steps) else 1) - 1 if looks is None else looks - 1
 
@@ -406,23 +405,23 @@ def _check_layers(tap: FeatureTap, steps: Iterable[Node]) -> None:
             names = () if model is None else model.named_parameters()
             name = next((name.rpartition(".")[0] for name, other in names if other is parameter), None)
             if name is None:
-                which, remedy = "a layer outside of the tapped model", "tap a model that holds it"
+                which, remedy = "a layer outside the tapped model", "tap a model that contains it"
             else:
                 which, remedy = f"layer {name!r}", f"make the tap FeatureTap(model, layer={name!r})"
             raise ValueError(
                 f"logits must be the model's main ones, its first output, for which the tap chose its layer, but "
-                f"{which} makes these from that, as in a model that returns (features, logits); {remedy}, in place of "
-                f"{tap}, or give the criterion the features yourself"
+                f"{which} makes these from that output, as in a model that returns (features, logits); {remedy}, in "
+                f"place of {tap}, or give the criterion the features yourself"
             )
 
 
 class _Hook:
-    """A hook that does not keep its tap alive, and that stays behind when its model is copied or pickled.
+    """A hook that does not keep its tap alive, and does nothing in copies and pickles of its model.
 
     Args:
-        tap: whose method the hook calls; None calls nothing.
-        method: called as method(tap, *first, *what torch gives a hook).
-        first: its first arguments.
+        tap: the tap whose method the hook calls; with None it calls nothing.
+        method: called as method(tap, *first, *what torch passes to a hook).
+        first: the method's first arguments.
     """
 
     def __init__(self, tap: FeatureTap | None, method: Callable[..., Any], *first: Any) -> None:
@@ -438,7 +437,7 @@ class _Hook:
         return _Hook(None, self.method)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What takes any arguments, returns None and unpickles where this package is not installed.
+        # A callable that takes any arguments, returns None and unpickles where this package is not installed.
         return getattr, (contextlib.nullcontext(), "__exit__")
 
     def __getattr__(self, name: str) -> Any:
@@ -450,7 +449,7 @@ class _Hook:
 
 
 def _nobody() -> None:
-    """A weak reference to a tap that never was."""
+    """Stands in for a weak reference to a tap that is gone."""
 
 
 def _remove(*several: dict[str, RemovableHandle]) -> None:
@@ -462,7 +461,7 @@ def _remove(*several: dict[str, RemovableHandle]) -> None:
 
 
 def _has(module: nn.Module, handle: RemovableHandle | None) -> bool:
-    """Whether a forward hook is this module's: another module may have taken the place of the one that was hooked."""
+    """Whether this module has the forward hook: it may have replaced the module that was hooked."""
     return handle is not None and handle.hooks_dict_ref() is module._forward_hooks
 
 
@@ -471,7 +470,7 @@ def _tappable(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _recomputing() -> bool:
-    """Whether a backward pass is running: what a checkpoint runs again there must not refill the tap."""
+    """Whether a backward pass is running: what a checkpoint recomputes there must not refill the tap."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -485,7 +484,7 @@ def _named_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Modu
         )
         raise ValueError(
             f"layer must be the dotted name of a module in model.named_modules(), got {layer!r}"
-            + (f"; near to it: {', '.join(map(repr, close))}" if close else "")
+            + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
             + ("; tap a model before torch.compile" if "_orig_mod" in modules else "")
         )
     if not isinstance(layer, nn.Module):
@@ -517,5 +516,5 @@ def _main_logits(output: Any) -> Tensor:
         return _main_logits(output[0])
     raise ValueError(
         f"model must return its logits as a tensor, as 'out' or 'logits', or first in a tuple, got "
-        f"{type(output).__name__}; give FeatureTap(model, layer=NAME) the layer whose input is the features"
+        f"{type(output).__name__}; give FeatureTap(model, layer=NAME), with the layer whose input is the features"
     )

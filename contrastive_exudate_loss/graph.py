@@ -1,4 +1,4 @@
-"""Walks back through the autograd graph: which layers made the logits, and what was done to them since."""
+"""Walks back through the autograd graph: which layers made the logits, and what was done to these since."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-IMAGES_ALONE = "the terms are for 2-D images: train a 2-D network, on slices of the volumes, or leave the terms out"
+IMAGES_ALONE = "the terms are for 2-D images: train a 2-D network on slices of the volumes, or leave the terms out"
 
 
 # What DistributedDataParallel puts behind a model's outputs, with unused parameters or in a static graph's first step.
@@ -17,11 +17,11 @@ _WRAPPER = "_DDPSinkBackward"
 class Run(NamedTuple):
     """A layer that has run.
 
-    name: in the model.
-    layer: itself.
+    name: its dotted name in the model.
+    layer: the module.
     made: the node that made its output.
     given: its input.
-    features: the input with the channels second, (B, C, h, w), or tokens (B, N, C) of a linear layer.
+    features: the input with the channels second, (B, C, h, w), or a linear layer's tokens, (B, N, C).
     """
 
     name: str
@@ -32,11 +32,11 @@ class Run(NamedTuple):
 
 
 def nodes_behind(start: Node, ends: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
-    """The nodes from which a node is computed, nearest first, itself included; no leaves, which all passes share.
+    """A node and the nodes from which it is computed, nearest first; without leaves, which all passes share.
 
     Args:
         start: where to begin.
-        ends: the walk does not go on behind a node of which this is true.
+        ends: the walk stops at a node for which this is true.
     """
     visited, waiting = {start}, collections.deque([start])
     while waiting:
@@ -89,15 +89,15 @@ def edges_to(tensor: Tensor, start: Node) -> list[tuple[Node, int]]:
 
 
 def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
-    """The layers met first on each way back from the logits, passing those whose input is no feature map.
+    """The first layer met on each way back from the logits, skipping those whose input is not a feature map.
 
     Args:
         logits: the node that made them.
         runs: layers by the node that made their output.
 
     Raises:
-        ValueError: before them comes a convolution that is none of the layers, a checkpoint that hides layers, or a
-            linear layer on tokens.
+        ValueError: the walk first meets a convolution that is not among the layers, a checkpoint that hides layers,
+            or a linear layer on tokens.
     """
 
     def has_features(node: Node) -> bool:
@@ -111,20 +111,20 @@ def nearest_layers(logits: Node, runs: Mapping[Node, Run]) -> list[Run]:
             name, layer, _, _, features = runs[node]
             if features.dim() == 3 and isinstance(layer, nn.Linear):
                 raise ValueError(
-                    f"layer {name!r} makes the logits from tokens (B, N, C), which are no feature map; give the "
+                    f"layer {name!r} makes the logits from tokens (B, N, C), which are not a feature map; give the "
                     "features to the criterion yourself, as (B, C, h, w)"
                 )
         elif node.name() == "ConvolutionBackward0":
             if _axes(node) == 5:
-                raise ValueError(f"model must make its logits from images, but does from volumes; {IMAGES_ALONE}")
+                raise ValueError(f"model must make its logits from images, but makes them from volumes; {IMAGES_ALONE}")
             raise ValueError(
                 "model must make its logits with a layer that can be tapped (torch.nn.Conv2d, ConvTranspose2d or "
-                "Linear), but a convolution that is none of these makes them; give FeatureTap(model, layer=NAME) the "
-                "module whose input is the features, or give the features to the criterion yourself"
+                "Linear), but makes them with another convolution; give FeatureTap(model, layer=NAME), with the module "
+                "whose input is the features, or give the features to the criterion yourself"
             )
         elif node.name() == "CheckpointFunctionBackward":
             raise ValueError(
-                "model must not hide the layer that makes its logits in a reentrant checkpoint; give "
+                "model must not hide the layer that makes its logits in a reentrant checkpoint; use "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
     return found
@@ -139,10 +139,10 @@ def of_one_pass(logits: Node, features: Node) -> bool:
 
 
 def nodes_since(main: Node, logits: Node) -> list[Node]:
-    """The nodes from which the logits are computed, nearest first, that are no older than the one that made main.
+    """The nodes from which the logits are computed, nearest first, that are no older than main's.
 
-    That one is among them if the logits are made from main: nodes are numbered as they are made, parameters' last, so
-    behind an older one there is no way to it.
+    Main's is among them if the logits are made from it: nodes are numbered in the order in which they are made, those
+    of parameters highest, so no older node leads back to it.
     """
     nodes: list[Any] = [logits]
     visited: set[Node | None] = {logits, None}
@@ -157,13 +157,13 @@ def nodes_since(main: Node, logits: Node) -> list[Node]:
 
 
 def signature(nodes: Sequence[Node]) -> tuple[Any, ...]:
-    """What tells walks apart: the nodes' names and how they hang together."""
+    """What distinguishes walks: the nodes' names and how they are connected."""
     place: dict[Node | None, int] = {node: number for number, node in enumerate(nodes)}
     return tuple([(node.name(), *[place.get(following) for following, _ in node.next_functions]) for node in nodes])
 
 
 def steps_between(main: Node, nodes: Iterable[Node]) -> list[Node]:
-    """Those of the nodes since main through which the logits are made from it, each before those it is made of."""
+    """Those of the nodes since main through which the logits are made from it, each before those it is made from."""
     made_from_main = {main}
     for node in sorted(nodes, key=_number):
         if any(following in made_from_main for following, _ in node.next_functions):
@@ -172,12 +172,12 @@ def steps_between(main: Node, nodes: Iterable[Node]) -> list[Node]:
 
 
 def has_index(steps: Iterable[Node]) -> bool:
-    """Whether a step takes what indices say, which may be others in the next batch."""
+    """Whether a step takes indices, which may differ in the next batch."""
     return any(step.name().startswith(("Index", "Gather", "Take")) for step in steps)
 
 
 def parameters_of(step: Node) -> list[Tensor]:
-    """The parameters that a convolution or a matrix product takes directly or after a cast or a transposition."""
+    """The parameters that a convolution or a matrix product takes, directly or after a cast or a transposition."""
     if not step.name().startswith(("Convolution", "Addmm", "Mm", "Linear", "Bmm", "Baddbmm")):
         return []
     found = []
@@ -191,11 +191,11 @@ def parameters_of(step: Node) -> list[Tensor]:
 
 
 def _axes(node: Any) -> int:
-    """How many axes a node's output has; Node's type lacks it."""
+    """How many axes a node's output has, which Node's type does not declare."""
     return len(node._input_metadata[0].shape)
 
 
 def _number(node: Any) -> int:
-    """When a node was made; Node's type lacks it."""
+    """A node's place in the order in which nodes are made, which Node's type does not declare."""
     number: int = node._sequence_nr()
     return number

@@ -1,4 +1,4 @@
-"""Index masks to lesion masks: a channel of 0 and 1 for each class that is a lesion."""
+"""Index masks to lesion masks: one channel of 0 and 1 for each class that is a lesion."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from contrastive_exudate_loss import _checks
 
 
 def lesion_masks(index: Tensor, classes: Sequence[int], *, ignore_index: int | None = None) -> Tensor:
-    """A mask of each class, as the losses' target: 1 where the index mask holds the class, 0 elsewhere.
+    """A mask for each class, as a target of the losses: 1 where the index mask holds the class, 0 elsewhere.
 
         index        classes=(1, 3)
         0 1 1        0 1 1   0 0 0
@@ -17,8 +17,8 @@ def lesion_masks(index: Tensor, classes: Sequence[int], *, ignore_index: int | N
 
     Args:
         index: (B, H, W) or (B, 1, H, W), integer: the class of each pixel.
-        classes: K distinct integers >= 0, those that are lesions; all others are background.
-        ignore_index: value of pixels to leave out, which keep it in every mask; none of the classes, and not 0 or 1.
+        classes: K distinct integers >= 0, the classes that are lesions; all others are background.
+        ignore_index: value of pixels to leave out, which keep it in every mask; not 0, not 1, not one of the classes.
 
     Returns:
         (B, K, H, W), of the smallest integer dtype that holds 0, 1 and ignore_index.
@@ -40,7 +40,7 @@ def lesion_masks(index: Tensor, classes: Sequence[int], *, ignore_index: int | N
 
 
 def masks_of(index: Tensor, classes: Sequence[int], ignore_index: int | None) -> Tensor:
-    """What lesion_masks gives, of arguments that have been checked."""
+    """What lesion_masks returns, for arguments that have been checked."""
     index = flat_index(index)
     masks = torch.stack([index == number for number in classes], 1).to(_smallest_dtype(ignore_index))
     if ignore_index is None:

@@ -1,4 +1,4 @@
-"""Whether logits that were made from a model's own ones show each image and pixel where those do."""
+"""Whether logits made from a model's own logits show each image and pixel where those do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-# Where the logits of the first image are probed, as fractions of height and width: near each border, for cuts, and at
-# no place that a flip, a rotation or a transposition leaves alone.
+# Where the logits of the first image are probed, as fractions of height and width: near each border, to notice cuts,
+# and nowhere that a flip, a rotation or a transposition leaves in place.
 _PLACES = ((0.0, 0.9), (0.9, 0.0), (0.9999, 0.1), (0.1, 0.9999), (0.3, 0.6))
-# Each further image is probed that much further, so that no two are probed at one place (the R2 sequence).
+# Each next image is probed that much further on, so that no two are probed at the same place (the R2 sequence).
 _FURTHER = (0.7548776662466927, 0.5698402909980532)
 _REACHED, _STRONGLY = 1 / 256, 1 / 4  # parts of the largest gradient
 _RESIZING = ("Upsample", "Adaptive", "Index", "GridSampler")
@@ -21,14 +21,15 @@ _NEAR = 0.3  # pixels
 def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> bool:
     """Whether the gradient of a logit lands in the same image and at the same place of the main logits.
 
-    The same place is where some way of resizing the main logits to the logits' size takes a pixel from. Around it the
-    gradient may reach over half of the image, as by smoothing, and weakly over all images, as by normalisation.
-    True, too, where the probe tells nothing: no gradient lands, or the axes of images and pixels are unknown.
+    The same place is any from which some way of resizing the main logits to the logits' size takes a pixel. Around it
+    the gradient may spread over half of the image, as with smoothing, and weakly over all images, as with
+    normalisation. Also true if the probe tells nothing: no gradient lands, or the axes of images and pixels are
+    unknown.
 
     Args:
         logits: (B, K, H, W), floating, made from the main ones.
-        main: which output of which node the main logits are.
-        steps: the nodes by which the logits are made from main's, each before those it is made of.
+        main: the node, and its output, that the main logits are.
+        steps: the nodes that make the logits from main's, each before those it is made from.
     """
     count, classes, *size = logits.shape
     shape = shape_of(main)
@@ -36,7 +37,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
     if not axes or shape[0] != count:
         return True
     image = torch.arange(count, device=logits.device)
-    # To cut off the last pixel is the same as mode="nearest" to one pixel less: here the names must tell.
+    # Cutting off the last pixel equals mode="nearest" to one pixel less: only the names of nodes tell them apart.
     resized = any(step.name().startswith(_RESIZING) for step in steps)
     misplaced = []
     with torch.no_grad():
@@ -49,7 +50,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
             one_hot[image, (image + number) % classes, rows, columns] = 1
             try:
                 landed = _pulled_back(one_hot, logits.output_nr, main, steps)
-            except (RuntimeError, TypeError):  # of a step that cannot run now, or not by itself
+            except (RuntimeError, TypeError):  # a step that cannot run now, or not by itself
                 return True
             if landed is None:
                 return True
@@ -62,7 +63,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
                     ]
                 )
             )
-    # One reading of the axes under which all is in place will do.
+    # It is enough that all is in place under one reading of the axes.
     return not bool(torch.stack(misplaced).any(0).all())
 
 
@@ -72,12 +73,12 @@ def shape_of(edge: GradientEdge) -> tuple[int, ...]:
 
 
 def _pixel_axes(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
-    """Which two axes of main logits may be rows and columns: the last, or those before the channels.
+    """Which two axes of main logits may be rows and columns: the last two, or the two before the channels.
 
-    The second only if their sizes are in a ratio to the logits' (H, W) that is like for rows and columns.
+    The latter only if rows and columns are scaled alike, within a factor of 4, to the logits' (H, W).
     """
     axes = len(shape)
-    found = [(axes - 2, axes - 1)] if axes > 3 else []  # with three they may be those of tokens (B, N, K)
+    found = [(axes - 2, axes - 1)] if axes > 3 else []  # three axes may be tokens (B, N, K)
     if axes >= 3 and 1 / 4 <= (shape[1] * size[1]) / (shape[2] * size[0]) <= 4:
         found.append((1, 2))
     return found
@@ -91,7 +92,7 @@ def _lands_elsewhere(landed: Tensor, axis: int, place: Tensor, length: int, resi
         axis: which of its axes to look along.
         place: (B,), the place among the logits' pixels.
         length: how many pixels the logits have along the axis.
-        resized: whether they may have been resized, other than by leaving out pixels.
+        resized: whether they may have been resized other than by leaving out pixels.
     """
     others = [other for other in range(1, landed.dim()) if other != axis]
     profile = landed.float().abs().amax(others)
@@ -109,13 +110,13 @@ def _lands_elsewhere(landed: Tensor, axis: int, place: Tensor, length: int, resi
 
 
 def _wanted(place: Tensor, length: int, pixels: int, resized: bool) -> tuple[Tensor, Tensor]:
-    """Where resizing takes a pixel from, of so many, at least and at most: ways of resizing differ.
+    """The lowest and highest place from which some way of resizing takes a pixel.
 
     Args:
-        place: the pixel, of length ones.
+        place: the pixel after resizing.
         length: how many pixels there are after resizing.
         pixels: how many there are before.
-        resized: whether that may have been other than by leaving out pixels.
+        resized: whether resizing may do other than leave out pixels.
     """
     scale = pixels / length
     scales = [scale]
@@ -124,17 +125,17 @@ def _wanted(place: Tensor, length: int, pixels: int, resized: bool) -> tuple[Ten
     ways = [place * ((pixels - 1) / max(length - 1, 1))]  # align_corners
     for scale in scales:
         ways.append((place + 0.5) * scale - 0.5)
-        if resized or scale >= 2:  # or what lies behind the pixel: mode="nearest", max-pooling, every second pixel
+        if resized or scale >= 2:  # any pixel under this one: mode="nearest", max-pooling, every second pixel
             ways += [(place * scale).floor(), ((place + 1) * scale - _ROUNDING).ceil() - 1]
     clamped = torch.stack(ways).clamp(0, pixels - 1)
     return clamped.amin(0), clamped.amax(0)
 
 
 def _pulled_back(gradient: Tensor, output: int, main: GradientEdge, steps: Sequence[Node]) -> Tensor | None:
-    """The gradient at the main logits from that at an output of the first step; None where that cannot be told.
+    """The gradient at the main logits, given that at an output of the first step; None if it cannot be told.
 
-    The nodes are called one by one, not by torch.autograd.grad: that would run the hooks of users, of FSDP and of DDP
-    and free or forbid what compiled code keeps.
+    The nodes are called one by one, since torch.autograd.grad would run the hooks of users, of FSDP and of DDP, and
+    would free what compiled code keeps, or raise there.
     """
     waiting: dict[Node, dict[int, Tensor]] = {step: {} for step in (*steps, main.node)}
     waiting[steps[0]][output] = gradient
@@ -153,12 +154,12 @@ def _pulled_back(gradient: Tensor, output: int, main: GradientEdge, steps: Seque
 
 
 def _one_step(step: Any, given: dict[int, Tensor]) -> Sequence[Tensor | None] | None:
-    """The gradients at a node's inputs; those at its outputs are given, by number."""
+    """The gradients at a node's inputs, given those at its outputs, by their numbers."""
     if not given:
         return [None] * len(step.next_functions)
     gradients = [given.get(output) for output in range(len(_expected(step)))]
     if isinstance(step, torch.autograd.function.BackwardCFunction):
-        # Somebody's own code may count its calls. It is believed to leave pixels where they are, if sizes allow that.
+        # A user's own function may count its calls. It is taken to leave pixels in place if the sizes allow that.
         shapes = [expected.shape for expected in _expected(step)]
         inputs = [None if node is None else _expected(node)[output].shape for node, output in step.next_functions]
         return gradients if shapes == inputs else None
@@ -167,6 +168,6 @@ def _one_step(step: Any, given: dict[int, Tensor]) -> Sequence[Tensor | None] | 
 
 
 def _expected(node: Any) -> Sequence[Any]:
-    """Shape, dtype and device of the gradients of a node's outputs; Node's type lacks them."""
+    """Shape, dtype and device of the gradients of a node's outputs, which Node's type does not declare."""
     metadata: Sequence[Any] = node._input_metadata
     return metadata

@@ -192,7 +192,7 @@ def test_a_tap_that_nobody_holds_removes_its_hooks(make, ran):
 
 def test_a_tap_of_an_unknown_layer_leaves_no_hooks():
     net = Net()
-    with pytest.raises(ValueError, match="near to it: 'head'") as kept:
+    with pytest.raises(ValueError, match=r"did you mean 'head'\?") as kept:
         FeatureTap(net, "heat")
     assert not any(hooks(net))
     del kept
@@ -291,7 +291,7 @@ def test_features_given_without_a_gradient_are_refused(way):
         features = body(net)
     features = features.detach() if way == "detached" else features
     logits = net.head(features)
-    with pytest.raises(ValueError, match=r"features must require a gradient like logits, .* neither detached nor"):
+    with pytest.raises(ValueError, match=r"features must require a gradient, as logits do, .* neither detached nor"):
         CombinedExudateLoss.paper()(logits, TARGET, features)
     assert CombinedExudateLoss(0, 0)(logits, TARGET, features).requires_grad
     assert CombinedExudateLoss.paper()(logits.detach(), TARGET, features).isfinite()
@@ -348,7 +348,7 @@ def test_a_tap_that_never_fired_says_so():
     net = Net()
     criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net))
     with pytest.raises(
-        RuntimeError, match=r"has not run as model\(images\) since it was tapped, or not with gradients, or only"
+        RuntimeError, match=r"has not run as model\(images\) since it was tapped, or only without gradients, compiled"
     ):
         criterion(torch.zeros_like(TARGET), TARGET)
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_a_leaf_may_be_the_features():
 
 def test_three_near_names_are_given():
     net = Net(**{f"side{n}": nn.Conv2d(6, 1, 1) for n in range(5)})
-    with pytest.raises(ValueError, match=r"got 'side'; near to it: 'side\d', 'side\d', 'side\d'$"):
+    with pytest.raises(ValueError, match=r"got 'side'; did you mean 'side\d' or 'side\d' or 'side\d'\?$"):
         FeatureTap(net, "side")
 
 
@@ -542,7 +542,7 @@ def test_tiles_put_together_are_refused():
     criterion = CombinedExudateLoss(0.02, 0.1, features=net)
     tiles = net(torch.cat([IMAGES[..., :8], IMAGES[..., 8:]]))
     together = torch.cat([tiles[:2], tiles[2:]], -1)
-    with pytest.raises(ValueError, match=r"logits must be of all 4 images of the model's last .* got those of 2"):
+    with pytest.raises(ValueError, match=r"logits must cover all 4 images of the model's last .* got those of 2"):
         criterion(together, TARGET)
 
 
@@ -620,7 +620,7 @@ def test_a_model_that_gives_features_and_logits_needs_its_layer(chosen, frozen):
 def test_a_head_outside_of_the_tapped_model_is_said():
     net = Net()
     criterion = CombinedExudateLoss(0.02, 0.1, features=net.body)
-    with pytest.raises(ValueError, match=r"a layer outside of the tapped model makes these .* tap a model that holds"):
+    with pytest.raises(ValueError, match=r"a layer outside the tapped model makes these .* tap a model that contains"):
         criterion(net(IMAGES), TARGET)
 
 
@@ -818,9 +818,7 @@ def test_a_head_that_the_first_pass_builds_is_said(head):
     net = Net(outcome)
     with (
         FeatureTap(net),
-        pytest.raises(
-            ValueError, match=r"'last' came later, .* or built while the model ran; .* make a new FeatureTap"
-        ),
+        pytest.raises(ValueError, match=r"'last' came later, .* or built while the model ran; make a new FeatureTap"),
     ):
         net(IMAGES)
     tap = FeatureTap(net)
@@ -855,6 +853,6 @@ def test_a_head_that_is_no_layer_is_said():
     net.weight = nn.Parameter(torch.ones(1, 6, 1, 1))
     with (
         FeatureTap(net),
-        pytest.raises(ValueError, match=r"a convolution that is none of these makes them; give FeatureTap\(model"),
+        pytest.raises(ValueError, match=r"but makes them with another convolution; give FeatureTap\(model"),
     ):
         net(IMAGES)

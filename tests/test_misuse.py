@@ -1,4 +1,4 @@
-"""What is wrong in silence is warned of once, and what is right is not warned of."""
+"""What raises no error but looks wrong gives one warning, and what is right gives none."""
 
 import warnings
 
@@ -30,7 +30,7 @@ def warned(criterion, *batches):
 def test_logits_out_of_a_sigmoid_or_softmax(made):
     logits, target, features = batch(classes=2)
     (text,) = warned(CombinedExudateLoss.paper(), *[(made(logits), target, features)] * 3)
-    assert text.startswith("logits come out of a s")
+    assert text.startswith("logits come from a s")
 
 
 def test_probabilities_in_place_of_logits():

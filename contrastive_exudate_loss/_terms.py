@@ -205,19 +205,23 @@ def _calls(
     terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], target: Tensor, sides: Sequence[tuple[int, int]]
 ) -> list[_Call] | None:
     """One for all terms of the same features, patches, ignored pixels and contrast; None where kernels cannot do it."""
+    if not terms or not fused.switched_on(features[0]):
+        return None
     alike: dict[Any, list[int]] = {}
+    options = [term._for_kernels() for term in terms]
     for n, term in enumerate(terms):
-        if fused.kernels(features[n], target, sides[n]) is None or term._for_kernels() is None:
-            return None
         key = id(features[n]), sides[n], _held(term.ignore_index, target), term.contrast
         alike.setdefault(key, []).append(n)
     calls = []
     for (_, patch, ignored, contrast), members in alike.items():
-        options = [terms[n]._for_kernels() for n in members]
-        density = next((own for own in options if isinstance(own, fused.Density)), None)
-        edge = next((own for own in options if isinstance(own, fused.Edge)), None)
+        function = fused.kernels(features[members[0]], target, patch)
+        if function is None or None in options:
+            return None
+        own = [options[n] for n in members]
+        density = next((option for option in own if isinstance(option, fused.Density)), None)
+        edge = next((option for option in own if isinstance(option, fused.Edge)), None)
         work = fused.Work(patch, ignored, contrast == "sup_con", density, edge)
-        calls.append(_Call(fused.kernels(features[members[0]], target, patch), work, members))
+        calls.append(_Call(function, work, members))
     return calls
 
 

@@ -9,7 +9,7 @@ from contrastive_exudate_loss.contrast import has_triton
 
 KERNELS = False  # on CUDA; off, since no GPU has run them yet
 CHANNELS = 512  # at most, or a tile would not fit
-OFFSETS = 2**31  # below it, in an image and in the sums
+OFFSETS = 2**31  # all below it, in an image and in the sums
 
 
 class Density(NamedTuple):
@@ -49,14 +49,19 @@ class Work(NamedTuple):
     edge: Edge | None
 
 
+def switched_on(features: Tensor) -> bool:
+    """Whether kernels are to be used where they can: on CUDA, in eager code, for tensors that hold something."""
+    return KERNELS and features.is_cuda and type(features) is Tensor and not torch.compiler.is_compiling()
+
+
 def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
-    """Their torch.autograd.Function (fused_triton.Fused) where they run; else None."""
-    if not (KERNELS and features.is_cuda) or torch.compiler.is_compiling() or type(features) is not Tensor:
-        return None
+    """Their torch.autograd.Function (fused_triton.Fused) where they run and sizes are theirs; else None."""
     batch, classes, height, width = target.shape
-    sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * features.shape[1]
+    channels, rows, columns = features.shape[1:]
+    sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * channels
     reach = sum((n - 1) * stride for n, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
-    if features.shape[1] > CHANNELS or max(sums, reach, height * width) >= OFFSETS or not has_triton(features.device):
+    largest = max(sums, reach, height * width, height * rows, width * columns)
+    if channels > CHANNELS or largest >= OFFSETS or not has_triton(features.device):
         return None
     from contrastive_exudate_loss.fused_triton import Fused
 

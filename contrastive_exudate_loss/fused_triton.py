@@ -38,8 +38,7 @@ class Fused(torch.autograd.Function):
         has_density, has_edge = work.density is not None, work.edge is not None
         terms, masks = has_density + has_edge, has_density + 2 * has_edge
         side_y, side_x = work.sides
-        grid_y, grid_x = -(-height // side_y), -(-width // side_x)
-        patches = batch * grid_y * grid_x
+        patches = batch * -(-height // side_y) * -(-width // side_x)
         total = masks * patches
         first = patches if terms == 2 else total
         target = target.contiguous()
@@ -63,7 +62,7 @@ class Fused(torch.autograd.Function):
         wanted = *[logits is not None] * 3, has_density, has_edge
         number, *outputs = (torch.empty((), **options) if want else None for want in wanted)
 
-        shape = batch, classes, channels, height, width, rows, columns, grid_y, grid_x, side_y, side_x
+        shape = batch, classes, channels, height, width, rows, columns, side_y, side_x
         block = max(16, 1 << (channels - 1).bit_length())
         tile = ROWS if block <= 64 else 16
         gathered = min(GATHERED, max(16, 8192 // block))

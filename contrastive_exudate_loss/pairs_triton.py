@@ -160,7 +160,7 @@ def positives(
         losses: (contrasts, programs), to be written: the sum of the anchors' losses.
         gradient: (classes total, C), to be written: of that sum by z, times the temperature; negatives aside.
     """
-    own, n, _, others_n, r = _anchors(counts, first, total, terms, rows)
+    own, n, _others, others_n, r = _anchors(counts, first, total, terms, rows)
     to_loss = losses + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if tl.min(r, 0) >= n:
         tl.store(to_loss, 0)

@@ -11,7 +11,7 @@ import triton.language as tl
 from contrastive_exudate_loss.softplus_triton import softplus
 
 # Ints that would only compile the kernels anew: of the batch's size and of the options.
-_SIZES = ["batch", "classes", "height", "width", "rows", "columns", "grid_y", "grid_x", "side_y", "side_x"]
+_SIZES = ["batch", "classes", "height", "width", "rows", "columns", "side_y", "side_x"]
 _RADII = ["inner", "outer", "dense_inner", "dense_outer", "ignored"]
 
 
@@ -27,7 +27,7 @@ def lesion_and_valid(target, at, inside, ignored, ignores: tl.constexpr):
 def pool(
     features, target, logits, codes, sums, labels, supervised, numbers,
     image, channel, row, column,
-    batch, classes, channels, height, width, rows, columns, grid_y, grid_x, side_y, side_x,
+    batch, classes, channels, height, width, rows, columns, side_y, side_x,
     inner, outer, dense_inner, dense_outer, density_threshold: tl.float64, edge_threshold: tl.float64, ignored,
     density: tl.constexpr, edge: tl.constexpr, cross: tl.constexpr, isolate: tl.constexpr, ignores: tl.constexpr,
     pixels: tl.constexpr, block: tl.constexpr,
@@ -47,6 +47,7 @@ def pool(
         density_threshold, edge_threshold: lesion fraction above which a patch is dense.
     """
     patch = tl.program_id(0)  # of (K, B, gh, gw)
+    grid_y, grid_x = tl.cdiv(height, side_y), tl.cdiv(width, side_x)
     c = tl.program_id(1) * block + tl.arange(0, block)
     x, y, b = patch % grid_x, patch // grid_x % grid_y, patch // (grid_x * grid_y) % batch
     k = patch // (grid_x * grid_y * batch)
@@ -161,7 +162,7 @@ def _store_sum(sums, labels, place, c, channels, total, label):
 def spread(
     by_features, codes, by_sums, by_total, by_density, by_edge, alpha: tl.float64, beta: tl.float64,
     image, channel, row, column,
-    batch, classes, channels, height, width, rows, columns, grid_y, grid_x, side_y, side_x,
+    batch, classes, channels, height, width, rows, columns, side_y, side_x,
     per_row, per_column, density: tl.constexpr, edge: tl.constexpr, cells: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """The features' gradient, one program some cells of an image and a block of channels: the sum over their pixels.
@@ -179,6 +180,7 @@ def spread(
     y, x, inside = cell // columns, cell % columns, cell < rows * columns
     top, bottom = tl.cdiv(y * height, rows), tl.cdiv((y + 1) * height, rows)
     left, right = tl.cdiv(x * width, columns), tl.cdiv((x + 1) * width, columns)
+    grid_y, grid_x = tl.cdiv(height, side_y), tl.cdiv(width, side_x)
     patches = grid_y * grid_x * batch
     masks: tl.constexpr = density + 2 * edge
     gradient = tl.zeros([block, cells], by_sums.dtype.element_ty)

@@ -26,12 +26,12 @@ def kernels_on(device):
     """The kernels inside, in the interpreter or on CUDA; gives the work of each call."""
     works = []
     if device == "cuda":
-        chosen = mock.patch.object(fused, "KERNELS", True)
-        function = KERNELS
+        function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
     else:
         module = interpreted("fused_triton")
         sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8, "LOGITS": 64}
-        chosen = mock.patch.multiple(module, **sizes)  # so that there are several of each
+        patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
+        patches += [mock.patch.object(fused, "switched_on", return_value=True)]
 
         def function(*_):
             return module.Fused
@@ -42,7 +42,9 @@ def kernels_on(device):
             works.append((work, logits is not None))
             return function(features, target, work.sides).apply(features, logits, target, work, *weights)
 
-    with chosen, mock.patch.object(fused, "kernels", return_value=Counted):
+    with contextlib.ExitStack() as stack:
+        for patch in (*patches, mock.patch.object(fused, "kernels", return_value=Counted)):
+            stack.enter_context(patch)
         yield works
 
 
@@ -330,17 +332,27 @@ def test_the_target_is_checked_in_the_first_call(device):
         criteria()(logits, 3 * target, features)
 
 
-def test_kernels_are_off_and_run_on_cuda_alone(monkeypatch):
-    features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
-    assert KERNELS(features, target, sides) is None
-    monkeypatch.setattr(fused, "KERNELS", True)
-    assert KERNELS(features, target, sides) is None
+def test_kernels_are_off_and_run_in_eager_code_on_cuda(monkeypatch):
+    features = torch.empty(1, 4, 8, 8)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert not fused.switched_on(features)
+    monkeypatch.setattr(fused, "KERNELS", True)
+    assert fused.switched_on(features)
+    assert not fused.switched_on(torch.nn.Parameter(features))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fused.switched_on(features)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "KERNELS", True)
+    assert not fused.switched_on(features)
+
+
+def test_kernels_want_triton_and_offsets_of_32_bits(monkeypatch):
+    features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
     monkeypatch.setattr(fused, "has_triton", lambda _: False)
     assert KERNELS(features, target, sides) is None
     monkeypatch.setattr(fused, "has_triton", lambda _: True)
     assert KERNELS(features, target, sides) is not None
     assert KERNELS(torch.empty(1, 513, 8, 8), target, sides) is None
-    assert KERNELS(torch.empty(1, 5, 2**15, 2**14, device="meta"), target, sides) is None
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert KERNELS(features, target, sides) is None
+    assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
+    assert KERNELS(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
+    assert KERNELS(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None

@@ -50,18 +50,20 @@ class Work(NamedTuple):
 
 
 def switched_on(features: Tensor) -> bool:
-    """Whether kernels are to be used where they can: on CUDA, in eager code, for tensors that hold something."""
-    return KERNELS and features.is_cuda and type(features) is Tensor and not torch.compiler.is_compiling()
+    """Whether kernels are to be used where they can: on CUDA with Triton, in eager code, not for fake tensors."""
+    if not (KERNELS and features.is_cuda and type(features) is Tensor) or torch.compiler.is_compiling():
+        return False
+    return has_triton(features.device)
 
 
 def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
-    """Their torch.autograd.Function (fused_triton.Fused) where they run and sizes are theirs; else None."""
+    """Their torch.autograd.Function (fused_triton.Fused) where they can do these sizes; else None."""
     batch, classes, height, width = target.shape
     channels, rows, columns = features.shape[1:]
     sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * channels
     reach = sum((n - 1) * stride for n, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
     largest = max(sums, reach, height * width, height * rows, width * columns)
-    if channels > CHANNELS or largest >= OFFSETS or not has_triton(features.device):
+    if channels > CHANNELS or largest >= OFFSETS:
         return None
     from contrastive_exudate_loss.fused_triton import Fused
 

@@ -655,6 +655,7 @@ class CombinedExudateLoss(MaskLoss):
             [weight if isinstance(weight, Pull) else None for weight in weights],
             [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
             sum_of_ranks if gathers else None,
+            fused.switched_on(features),
         )
         if not measured and _checks.may_read(features):
             self._pull_calls += 1

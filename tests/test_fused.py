@@ -13,8 +13,18 @@ from monai.losses import DiceLoss
 from strategies import CONTRASTS, density_options, edge_options, features_for, masks
 from torch.nn import functional as F
 
-from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss, Pull, fused
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+    Pull,
+    fused,
+    pull,
+)
 
+pull_triton = pytest.importorskip("contrastive_exudate_loss.pull_triton")
+# 0 / 0 and overflow, which the kernel means and of which the interpreter's NumPy warns.
+not_finite = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 KERNELS = fused.kernels  # before any test puts another in its place
 # Of values, and of gradients beside their largest element.
@@ -32,6 +42,8 @@ def kernels_on(device):
         sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8, "LOGITS": 64}
         patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
         patches += [mock.patch.object(fused, "switched_on", return_value=True)]
+        advanced = interpreted("pull_triton").advanced_by_triton
+        patches += [mock.patch.object(pull_triton, "advanced_by_triton", advanced)]
 
         def function(*_):
             return module.Fused
@@ -259,6 +271,7 @@ def test_logits_of_another_precision_have_a_cross_entropy_of_their_own(device):
 
 
 @devices
+@not_finite
 @pytest.mark.parametrize(
     ("alpha", "beta", "calls"), [(0.0, Pull(0.5), 1), (Pull(1.0), 0.3, 2), (Pull(1.0), Pull(1.0), 2)]
 )
@@ -281,6 +294,37 @@ def test_weights_that_set_themselves(device, alpha, beta, calls):
     assert [has_logits for _, has_logits in works] == [False] * 2 * calls
     assert got[-2] > 0 or got[-3] > 0
     torch.testing.assert_close(got, wanted)
+
+
+NORMS = st.sampled_from([0.0, 1.0, 0.3, 1e-20, 1e30, float("inf"), float("nan")])
+WEIGHTS = st.one_of(st.floats(0, 3), st.builds(Pull, st.floats(0, 3), warm_up=st.integers(0, 4)))
+
+
+@devices
+@not_finite
+@given(
+    st.tuples(WEIGHTS, WEIGHTS),
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.booleans(), NORMS, NORMS, NORMS, NORMS), min_size=1, max_size=5
+    ),
+)
+def test_one_kernel_advances_the_weights(device, weights, steps):
+    pulls = [weight if isinstance(weight, Pull) else None for weight in weights]
+    numbers = [0.0 if isinstance(weight, Pull) else weight for weight in weights]
+    plain = pull.new_state()
+    other = {name: record.to(device) for name, record in pull.new_state().items()}
+    with kernels_on(device):
+        for backward, at_layer, by_hand, supervised, density, edge, scale in steps:
+            for state in (plain, other):
+                state["terms"] += torch.tensor([backward, 0, 0, 0], device=device if state is other else "cpu")
+                state["terms"][1:] = torch.tensor([scale, density, edge])
+                state["layer"][0] += at_layer
+                state["hand"][0] += by_hand
+                state["layer"][1] = state["hand"][1] = supervised
+            wanted = pull.advanced_weights(plain, pulls, numbers, None, False)
+            got = pull.advanced_weights(other, pulls, numbers, None, True)
+            torch.testing.assert_close(got.cpu(), wanted)
+            torch.testing.assert_close(other["means"].cpu(), plain["means"])
 
 
 @devices
@@ -332,25 +376,26 @@ def test_the_target_is_checked_in_the_first_call(device):
         criteria()(logits, 3 * target, features)
 
 
-def test_kernels_are_off_and_run_in_eager_code_on_cuda(monkeypatch):
+def test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton(monkeypatch):
     features = torch.empty(1, 4, 8, 8)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "has_triton", lambda _: True)
     assert not fused.switched_on(features)
     monkeypatch.setattr(fused, "KERNELS", True)
     assert fused.switched_on(features)
     assert not fused.switched_on(torch.nn.Parameter(features))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not fused.switched_on(features)
-    monkeypatch.undo()
-    monkeypatch.setattr(fused, "KERNELS", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not fused.switched_on(features)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "has_triton", lambda _: False)
+        assert not fused.switched_on(features)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
     assert not fused.switched_on(features)
 
 
-def test_kernels_want_triton_and_offsets_of_32_bits(monkeypatch):
+def test_kernels_want_offsets_of_32_bits_and_tiles_that_fit():
     features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
-    monkeypatch.setattr(fused, "has_triton", lambda _: False)
-    assert KERNELS(features, target, sides) is None
-    monkeypatch.setattr(fused, "has_triton", lambda _: True)
     assert KERNELS(features, target, sides) is not None
     assert KERNELS(torch.empty(1, 513, 8, 8), target, sides) is None
     assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None

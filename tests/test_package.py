@@ -22,7 +22,7 @@ ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
     "contrast_triton": {"softplus_triton"},
     "features": {"graph", "norms", "probe"},
-    "pull": {"norms"},
+    "pull": {"norms", "pull_triton"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
     "pooling_triton": {"softplus_triton"},

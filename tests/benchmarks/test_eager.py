@@ -8,6 +8,9 @@ import torch
 from kernels import eager_counts, eager_table, host_table, kernels_on, register_table, register_uses
 from overhead.eager import Launch, eager_launches
 from overhead.host import host_microseconds
+from overhead.registers import registers
+
+from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
@@ -40,6 +43,35 @@ def test_kernels_compile_for_an_h100_and_spill_no_register():
         (used,) = register_uses([32], ["bfloat16"]).values()
     assert set(used) == set(RECORDED["fused"]["registers"]["32, bfloat16"])
     assert {kernel: spilled for kernel, (_, spilled, _) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        CombinedExudateLoss(),  # whose weight sets itself
+        CombinedExudateLoss(
+            0.02,
+            0.1,
+            density=PatchDensityContrastLoss(contrast="sup_con", ignore_index=-1),
+            edge=PatchEdgeContrastLoss(contrast="sup_con", ignore_index=-1, footprint="cross", isolate_patches=True),
+            ignore_index=-1,
+        ),
+        CombinedExudateLoss(0.02, 0.0),
+    ],
+    ids=["edge", "all options", "density"],
+)
+def test_kernels_compile_with_other_options(criterion):
+    features, target = torch.rand(1, 7, 10, 11, requires_grad=True), torch.zeros(1, 2, 40, 40, dtype=torch.bool)
+    target[:, :, 3:20, 5:19] = True
+
+    def loss(features, target):
+        logits = torch.nn.functional.interpolate(features[:, :2], target.shape[2:])
+        return criterion(logits, target, features)
+
+    with kernels_on():
+        used = registers(loss, features, target)
+    assert {"pool", "positives", "negatives", "spread"} <= set(used)
+    assert {kernel: use.spilled for kernel, use in used.items() if use.spilled} == {}
 
 
 def test_the_page_shows_the_recorded_figures():

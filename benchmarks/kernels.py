@@ -1,15 +1,21 @@
 """How many kernels the losses launch on CUDA, and what the host does for it; needs no GPU.
 
-Prints tables: of eager code the launches by part (overhead/eager.py) and the host's time (overhead/host.py), of
-compiled code what torch.compile would launch and how much it would allocate (overhead/launches.py).
+Prints tables: of eager code the launches by part (overhead/eager.py) and the host's time (overhead/host.py), both also
+with the package's own kernels, which are off, and what these take of an H100 (overhead/registers.py); of compiled code
+what torch.compile would launch and how much it would allocate (overhead/launches.py).
 
     python benchmarks/kernels.py --json kernels.json
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import torch
 from measure.arguments import writable_file
@@ -19,8 +25,12 @@ from overhead.configurations import configurations, inputs_of
 from overhead.eager import PARTS, WEIGHTS, eager_launches
 from overhead.host import host_microseconds
 from overhead.launches import launches, meta_batch
+from overhead.registers import registers
 
-from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss, fused
+
+CHANNELS, DTYPES = (16, 32, 64), ("float32", "bfloat16")
+Uses = dict[str, dict[str, list[int]]]
 
 
 def main() -> None:
@@ -29,15 +39,23 @@ def main() -> None:
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="figures of eager code")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    eager, host = eager_counts(), _host_times()
+    figures: dict[str, Any] = {
+        "environment": environment(torch.device("cpu")),
+        "eager": eager_counts(),
+        "host": _host_times(),
+    }
+    with kernels_on():
+        figures |= {"fused": {"eager": eager_counts(), "host": _host_times(), "registers": register_uses()}}
     if options.json:
-        figures = {"environment": environment(torch.device("cpu")), "eager": eager, "host": host}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(eager_table(eager))
-    print()
-    print(host_table(host))
-    print()
-    print(_compiled_table())
+    for found in (figures, figures["fused"]):
+        print(eager_table(found["eager"]), host_table(found["host"]), sep="\n\n", end="\n\n")
+    print(register_table(figures["fused"]["registers"]), _compiled_table(), sep="\n\n")
+
+
+def kernels_on() -> contextlib.AbstractContextManager[bool]:
+    """Inside, the package's own kernels are switched on."""
+    return mock.patch.object(fused, "KERNELS", True)
 
 
 def eager_counts() -> dict[str, dict[str, dict[str, int]]]:
@@ -53,7 +71,8 @@ def eager_counts() -> dict[str, dict[str, dict[str, int]]]:
 
 def eager_table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
     """A row for each configuration; a cell is forward + backward."""
-    parts = list(dict.fromkeys(["supervised", *PARTS.values(), WEIGHTS]))
+    seen = {part for found in counts.values() for parts in found.values() for part in parts}
+    parts = [part for part in dict.fromkeys(["supervised", *PARTS.values(), WEIGHTS]) if part in seen]
     rows = [["loss", *parts, "all"]]
     for name, found in counts.items():
         cells = [[found[direction].get(part, 0) for direction in ("forward", "backward")] for part in parts]
@@ -74,6 +93,31 @@ def _host_times() -> dict[str, float]:
     for name, configuration in configurations().items():
         calls[name] = configuration.criterion, inputs_of(configuration, "cpu", images=1, channels=2)
     return host_microseconds(calls)
+
+
+def register_uses(channels: Sequence[int] = CHANNELS, dtypes: Sequence[str] = DTYPES) -> Uses:
+    """By channels and dtype, and by kernel: registers, bytes spilled, bytes of shared memory; both terms and BCE."""
+    both, found = configurations()["both terms"], {}
+    for number, dtype in itertools.product(channels, dtypes):
+        logits, target, features = inputs_of(both, "cpu", images=1, channels=number)
+        half = [tensor.detach().to(getattr(torch, dtype)).requires_grad_() for tensor in (logits, features)]
+        uses = registers(both.criterion, half[0], target, half[1])
+        found[f"{number}, {dtype}"] = {kernel: list(use) for kernel, use in uses.items()}
+    return found
+
+
+def register_table(uses: Uses) -> str:
+    """A row for each kernel; a cell holds a thread's registers, and the bytes that it spills, if any."""
+    rows = [["kernel", *uses]]
+    for kernel in next(iter(uses.values())):
+        cells = [use[kernel] for use in uses.values()]
+        rows.append(
+            [
+                kernel,
+                *(f"{number}, {spilled} bytes spilled" if spilled else str(number) for number, spilled, _ in cells),
+            ]
+        )
+    return aligned(rows)
 
 
 def _compiled_table() -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_exudate_loss import _checks
+from contrastive_exudate_loss import _checks, fused
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss.contrast import CONTRASTS, contrast_loss, first_of_each_label
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
@@ -87,6 +87,10 @@ class PatchContrastLoss(MaskLoss):
         """How many embeddings of each label are selected, lowest sort_key first; None for all."""
         return None
 
+    def _for_kernels(self) -> fused.Density | fused.Edge | None:
+        """This term's options, where the kernels know them all; a subclass says so."""
+        return None
+
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         """What to pool of a target, (B, K, H, W)."""
         raise NotImplementedError
@@ -112,14 +116,20 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
         features: of each term, (B, C, h, w), floating.
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
+    sides = _sides(terms, target)
+    losses: dict[int, Tensor] = {}
+    calls = _calls(terms, features, target, sides)
+    if calls is not None:
+        for function, work, members in calls:
+            found = function.apply(features[members[0]], None, target, work, 0.0, 0.0)
+            losses.update(zip(members, found, strict=True))
+        return [losses[n] for n in range(len(terms))]
     if terms and target.shape[1] > 1 and target.is_cpu and _checks.may_read(target):
         target = _shown_classes(target, terms)
-    sides = [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
     # Of each term the first whose pooling it can share.
     first = [
         next(m for m in range(n + 1) if features[m] is features[n] and sides[m] == sides[n]) for n in range(len(terms))
     ]
-    losses = {}
     with full_precision(target):
         regions = [term._regions(target, own) for term, own in zip(terms, sides, strict=True)]
         for leader in dict.fromkeys(first):
@@ -133,6 +143,34 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
     return [losses[n] for n in range(len(terms))]
 
 
+def losses_with_cross_entropy(
+    terms: Sequence[PatchContrastLoss],
+    features: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int | None,
+    weights: Sequence[float],
+) -> Sequence[Tensor] | None:
+    """The weighted total, binary cross-entropy and the loss of each term, where the kernels do it all; else None.
+
+    Args:
+        terms: at least one, with options that have been checked.
+        features: (B, C, h, w), floating.
+        logits: (B, K, H, W), floating.
+        target: (B, K, H, W) of 0, 1 and the ignore_index of each.
+        ignore_index: that of the cross-entropy.
+        weights: of density and edge.
+    """
+    calls = _calls(terms, [features] * len(terms), target, _sides(terms, target))
+    if calls is None or len(calls) > 1 or calls[0].work.ignore_index != _held(ignore_index, target):
+        return None
+    dtypes = {torch.promote_types(tensor.dtype, torch.float32) for tensor in (logits, features)}
+    if len(dtypes) > 1:
+        return None
+    losses: Sequence[Tensor] = calls[0].function.apply(features, logits, target, calls[0].work, *weights)
+    return losses
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor without its subclass, such as MONAI's MetaTensor."""
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
@@ -144,6 +182,52 @@ def full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
     if target.is_meta or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def _sides(terms: Sequence[PatchContrastLoss], target: Tensor) -> list[tuple[int, int]]:
+    return [patch_sides(target.shape[2], target.shape[3], term.patch_size, term.num_patches) for term in terms]
+
+
+class _Call(NamedTuple):
+    """A call of the kernels.
+
+    function: fused_triton.Fused.
+    work: what it does.
+    members: the terms whose losses it gives.
+    """
+
+    function: Any
+    work: fused.Work
+    members: list[int]
+
+
+def _calls(
+    terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], target: Tensor, sides: Sequence[tuple[int, int]]
+) -> list[_Call] | None:
+    """One for all terms of the same features, patches, ignored pixels and contrast; None where kernels cannot do it."""
+    if not terms or not fused.switched_on(features[0]):
+        return None
+    alike: dict[Any, list[int]] = {}
+    options = [term._for_kernels() for term in terms]
+    for n, term in enumerate(terms):
+        key = id(features[n]), sides[n], _held(term.ignore_index, target), term.contrast
+        alike.setdefault(key, []).append(n)
+    calls = []
+    for (_, patch, ignored, contrast), members in alike.items():
+        function = fused.kernels(features[members[0]], target, patch)
+        if function is None or None in options:
+            return None
+        own = [options[n] for n in members]
+        density = next((option for option in own if isinstance(option, fused.Density)), None)
+        edge = next((option for option in own if isinstance(option, fused.Edge)), None)
+        work = fused.Work(patch, ignored, contrast == "sup_con", density, edge)
+        calls.append(_Call(function, work, members))
+    return calls
+
+
+def _held(ignore_index: int | None, target: Tensor) -> int | None:
+    """The value to ignore, None where the target cannot hold it."""
+    return ignore_index if ignore_index is not None and _checks.holds(target.dtype, ignore_index) else None
 
 
 def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:

@@ -180,6 +180,11 @@ def _(
     return z.new_empty(()), z.new_empty(z.shape if with_gradient else (0,))
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a CUDA device; the first call for each tries it."""
+    return _filled_on_cuda(device) is not filled_by_mask
+
+
 @functools.cache
 def _filled_on_cuda(device: torch.device) -> Callable[..., None]:
     """One kernel for all that is done to a tile, where Triton compiles and launches; a warning where it does not."""

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_exudate_loss.softplus_triton import softplus
+
 BLOCK = 1024  # columns at a time
 
 
@@ -41,11 +43,7 @@ def _fill(s, losses, label_1, label_0, start, total, sup_con: tl.constexpr, bloc
         if sup_con:
             part, share = x, tl.full([block], 1, x.dtype)
         else:
-            # log(1 + exp(x)) and its derivative; log(1 + t) is written so that a small t keeps its digits.
-            t = tl.exp(-tl.abs(x))
-            u = 1 + t
-            part = tl.maximum(x, 0) + tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1, u - 1)))
-            share = tl.where(x > 0, 1, t) / u
+            part, share = softplus(x)
         pair = pair & (negatives > 0)
         loss += tl.sum(tl.where(pair, part, 0), 0)
         weight += tl.sum(tl.where(pair, share, 0), 0)

@@ -8,11 +8,18 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from contrastive_exudate_loss import _checks, pull
+from contrastive_exudate_loss import _checks, fused, pull
 from contrastive_exudate_loss._misuse import CONFIRMED, LOOKS, suspicions
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, given_loss, watched
-from contrastive_exudate_loss._terms import Candidates, PatchContrastLoss, full_precision, plain, term_losses
+from contrastive_exudate_loss._terms import (
+    Candidates,
+    PatchContrastLoss,
+    full_precision,
+    losses_with_cross_entropy,
+    plain,
+    term_losses,
+)
 from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap, check_gradient, layer_input, taken_features
 from contrastive_exudate_loss.graph import begins_a_static_graph
@@ -103,6 +110,11 @@ class PatchDensityContrastLoss(PatchContrastLoss):
 
     def _selected_count(self) -> int | None:
         return None if isinstance(self.select, str) else self.select
+
+    def _for_kernels(self) -> fused.Density | None:
+        if self._selected_count() is not None or self.max_patches is not None or self.gather_distributed:
+            return None
+        return fused.Density(self.threshold, self.temperature)
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         return density_regions(target, sides, self.ignore_index)
@@ -209,8 +221,20 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
         _checks.check_flag("isolate_patches", self.isolate_patches)
         _checks.check_choice("scope", self.scope, ("patch", "image"))
 
-    def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
+    def _for_kernels(self) -> fused.Edge | None:
+        if self.scope == "image" or self.max_patches is not None or self.gather_distributed:
+            return None
+        inner, outer = self._radii()
+        threshold = 1.0 if self.density_threshold is None else self.density_threshold  # no fraction is above 1
+        return fused.Edge(inner, outer, self.footprint == "cross", self.isolate_patches, threshold, self.temperature)
+
+    def _radii(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the inner and the outer band, in sparse and in dense patches."""
         inner, outer = ((r, r) if isinstance(r, int) else r for r in (self.inner_radius, self.outer_radius))
+        return inner, outer
+
+    def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
+        inner, outer = self._radii()
         options = self.footprint, self.isolate_patches, self.density_threshold, self.ignore_index
         return edge_regions(target, sides, inner, outer, *options)
 
@@ -512,6 +536,10 @@ class CombinedExudateLoss(MaskLoss):
                 check_gradient(features, finest)
         # A subclass with a forward of its own checks and computes for itself.
         ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
+        if features is not None and ours:
+            at_once = self._all_at_once(plain(finest), plain(mask), plain(features), terms)
+            if at_once is not None:
+                return at_once
         if self.supervised is None:
             supervised = self._default_supervised(plain(finest), plain(mask), terms if ours else [])
         else:
@@ -639,6 +667,7 @@ class CombinedExudateLoss(MaskLoss):
             [weight if isinstance(weight, Pull) else None for weight in weights],
             [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
             sum_of_ranks if gathers else None,
+            fused.switched_on(features),
         )
         waits = False
         if not measured and _checks.may_read(features):
@@ -658,6 +687,25 @@ class CombinedExudateLoss(MaskLoss):
             pull.measured_features(features, state, n, used) if isinstance(weights[n], Pull) else features
             for n in names
         ]
+
+    def _all_at_once(
+        self, logits: Tensor, target: Tensor, features: Tensor, terms: Sequence[PatchContrastLoss]
+    ) -> LossTerms | None:
+        """All of it, where one call of the kernels does that: cross-entropy of masks, and weights that are numbers."""
+        alpha, beta = self._alpha, self._beta
+        given = self.supervised is not None or self.classes is not None
+        if given or not terms or isinstance(alpha, Pull) or isinstance(beta, Pull):
+            return None
+        weights = float(alpha), float(beta)
+        found = losses_with_cross_entropy(terms, features, logits, target, self.ignore_index, weights)
+        if found is None:
+            return None
+        self._check_values(target, [self.ignore_index, *(term.ignore_index for term in terms)])
+        self._look_for_misuse(logits, target)
+        total, supervised, *losses = found
+        density = losses[0] if self._uses_density else total.new_zeros(())
+        edge = losses[-1] if self._uses_edge else total.new_zeros(())
+        return LossTerms(total, supervised, density, edge, alpha.to(total.dtype), beta.to(total.dtype))
 
     def _finest(self, logits: Any, target: Any) -> tuple[Tensor, Tensor]:
         """The logits and the target that the terms look at, checked: of several levels the first."""

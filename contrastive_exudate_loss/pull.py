@@ -79,6 +79,7 @@ def advanced_weights(
     pulls: Sequence[Pull | None],
     numbers: Sequence[float],
     averaged: Callable[[Tensor], Tensor] | None,
+    by_kernel: bool,
 ) -> Tensor:
     """The weights of density and edge in this training call, once the last backward pass is in the means.
 
@@ -87,6 +88,7 @@ def advanced_weights(
         pulls: of density and edge; None for a number.
         numbers: their weights where they are no Pull.
         averaged: gives the sum over all processes of a tensor; None for one process.
+        by_kernel: whether a Triton kernel may do it.
 
     Returns:
         (2,), float32.
@@ -98,6 +100,10 @@ def advanced_weights(
     if torch.compiler.is_compiling():
         weights: Tensor = _advance(*records, times, warm_up, is_number)
         return weights
+    if by_kernel and averaged is None:
+        from contrastive_exudate_loss.pull_triton import advanced_by_triton
+
+        return advanced_by_triton(*records, times, warm_up, is_number, MEMORY, OUTLIER)
     return _advanced(*records, times, warm_up, is_number, averaged)
 
 

@@ -1,11 +1,6 @@
 """Laws of the contrast; pytorch-metric-learning and float64 loops are the oracles."""
 
-import functools
-import importlib.util
 import math
-import os
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 from calls import Calls
 from hypothesis import example, given
 from hypothesis import strategies as st
+from interpreted import interpreted
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from strategies import CONTRASTS
 
@@ -34,24 +30,10 @@ def in_parts(z, label_1, label_0, *arguments):
     return tuple(sum(tensors) for tensors in zip(*results, strict=True))
 
 
-@functools.cache
-def interpreted():
-    """The kernel's file once more, for Triton's interpreter, which runs on the CPU."""
-    pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("interpreted", Path(module.__file__).with_name("contrast_triton.py"))
-    rows = importlib.util.module_from_spec(spec)
-    own = [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]
-    # Triton's own functions are made for the interpreter or for a GPU when they are imported.
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.dict(sys.modules):
-        for name in own:
-            del sys.modules[name]
-        spec.loader.exec_module(rows)
-    rows.BLOCK = 8  # so that a row of a small batch is several blocks
-    return rows.filled_by_triton
-
-
 def by_kernel(*arguments):
-    return by_rows(*arguments, fill=interpreted())
+    kernel = interpreted("contrast_triton")
+    with mock.patch.object(kernel, "BLOCK", 8):  # so that a row of a small batch is several blocks
+        return by_rows(*arguments, fill=kernel.filled_by_triton)
 
 
 WAYS = {

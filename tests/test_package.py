@@ -20,13 +20,19 @@ MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "featur
 # Whom each module may import besides the checks; those of the middle do not import each other.
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
+    "contrast_triton": {"softplus_triton"},
     "features": {"graph", "norms", "probe"},
-    "pull": {"graph", "norms"},
+    "pull": {"graph", "norms", "pull_triton"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
-    "_terms": {"_options", "masks"} | MIDDLE - {"features", "labels", "pull"},
+    "pooling_triton": {"softplus_triton"},
+    "pairs_triton": {"softplus_triton"},
+    "supervised_triton": {"pooling_triton", "softplus_triton"},
+    "fused_triton": {"fused", "pairs_triton", "pooling_triton", "supervised_triton"},
+    "fused": {"contrast", "fused_triton"},
+    "_terms": {"_options", "fused", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},
-    "losses": {"_misuse", "_options", "_terms", "_supervised", "graph", "masks"} | MIDDLE,
+    "losses": {"_misuse", "_options", "_terms", "_supervised", "fused", "graph", "masks"} | MIDDLE,
     "__init__": {"losses", "features", "labels", "pull"},
 }
 
@@ -78,7 +84,7 @@ def test_imports_go_one_way(source):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_torch_is_the_only_dependency(source):
     others = {top for top, _ in imports(source)} - set(sys.stdlib_module_names)
-    # Triton comes with PyTorch where there is CUDA, and one file, loaded there alone, is in its language.
+    # Triton comes with PyTorch where there is CUDA, and some files, loaded there alone, are in its language.
     assert others <= {"torch", package.__name__} | ({"triton"} if source.stem.endswith("_triton") else set())
 
 

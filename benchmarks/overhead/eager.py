@@ -6,6 +6,7 @@ inside is known for those of SEVERAL and one elsewhere, also for a sort and a ra
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ PARTS = {
     "contrast": "contrast",
     "contrast_rows": "contrast",
     "contrast_triton": "contrast",
+    "fused_triton": "kernels",
 }
 WEIGHTS = "labels and weights"
 # Operators of CUDA that launch more than one kernel, and those that launch none and are no views.
@@ -78,7 +80,8 @@ def as_if_on_cuda(device: str) -> Iterator[None]:
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device.type == device)),
         mock.patch.object(torch.Tensor, "is_cpu", property(lambda tensor: tensor.device.type == "cpu" != device)),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+        # Not as a mock, which would take its time at each call.
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", functools.partial(bool)),
     ):
         yield
 

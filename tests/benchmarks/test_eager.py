@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import eager_counts, eager_table, host_table
+from kernels import eager_counts, eager_table, host_table, kernels_on, register_table, register_uses
 from overhead.eager import Launch, eager_launches
 from overhead.host import host_microseconds
+from overhead.registers import registers
+
+from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
@@ -17,10 +20,66 @@ def test_eager_code_launches_as_much_as_is_recorded():
     assert eager_counts() == RECORDED["eager"]
 
 
+def test_with_kernels_of_its_own_it_launches_as_much_as_is_recorded():
+    with kernels_on():
+        assert eager_counts() == RECORDED["fused"]["eager"]
+
+
+def test_these_launch_at_most_ten_with_cross_entropy_inside_and_fifteen_beside_another_supervised_loss():
+    def every(name):
+        return [
+            (part, number)
+            for direction in RECORDED["fused"]["eager"][name].values()
+            for part, number in direction.items()
+        ]
+
+    for name in ("both terms", "both, ignore_index", "both, stride 4", "both, stride 256 / 60"):
+        assert sum(number for _, number in every(name)) <= 10
+    assert sum(number for part, number in every("both, a given supervised loss") if part != "supervised") <= 15
+
+
+def test_kernels_compile_for_an_h100_and_spill_no_register():
+    with kernels_on():
+        (used,) = register_uses([32], ["bfloat16"]).values()
+    assert set(used) == set(RECORDED["fused"]["registers"]["32, bfloat16"])
+    assert {kernel: spilled for kernel, (_, spilled, _) in used.items() if spilled} == {}
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        CombinedExudateLoss(),  # whose weight sets itself
+        CombinedExudateLoss(
+            0.02,
+            0.1,
+            density=PatchDensityContrastLoss(contrast="sup_con", ignore_index=-1),
+            edge=PatchEdgeContrastLoss(contrast="sup_con", ignore_index=-1, footprint="cross", isolate_patches=True),
+            ignore_index=-1,
+        ),
+        CombinedExudateLoss(0.02, 0.0),
+    ],
+    ids=["edge", "all options", "density"],
+)
+def test_kernels_compile_with_other_options(criterion):
+    features, target = torch.rand(1, 7, 10, 11, requires_grad=True), torch.zeros(1, 2, 40, 40, dtype=torch.bool)
+    target[:, :, 3:20, 5:19] = True
+
+    def loss(features, target):
+        logits = torch.nn.functional.interpolate(features[:, :2], target.shape[2:])
+        return criterion(logits, target, features)
+
+    with kernels_on():
+        used = registers(loss, features, target)
+    assert {"pool", "positives", "negatives", "spread"} <= set(used)
+    assert {kernel: use.spilled for kernel, use in used.items() if use.spilled} == {}
+
+
 def test_the_page_shows_the_recorded_figures():
     page = (ROOT / "docs/performance-cuda.md").read_text()
-    assert eager_table(RECORDED["eager"]) in page
-    assert host_table(RECORDED["host"]) in page
+    for found in (RECORDED, RECORDED["fused"]):
+        assert eager_table(found["eager"]) in page
+        assert host_table(found["host"]) in page
+    assert register_table(RECORDED["fused"]["registers"]) in page
 
 
 def test_a_launch_is_an_operator_that_writes():

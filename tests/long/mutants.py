@@ -68,6 +68,7 @@ TESTS = {
     "contrast_rows": ["test_contrast.py"],
     "distributed": ["test_distributed.py"],
     "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused"],
+    "fused": ["test_fused.py"],
     "graph": ["test_graph.py", "test_features.py", "test_probe.py"],
     "probe": ["test_probe.py"],
     "labels": ["test_labels.py"],

@@ -1,0 +1,403 @@
+"""The Triton kernels of the terms give what the plain way gives; Triton's interpreter runs them on the CPU."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from batches import batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted import interpreted
+from monai.losses import DiceLoss
+from strategies import CONTRASTS, density_options, edge_options, features_for, masks
+from torch.nn import functional as F
+
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+    Pull,
+    fused,
+    pull,
+)
+
+pull_triton = pytest.importorskip("contrastive_exudate_loss.pull_triton")
+# 0 / 0 and overflow, which the kernel means and of which the interpreter's NumPy warns.
+not_finite = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+KERNELS = fused.kernels  # before any test puts another in its place
+# Of values, and of gradients beside their largest element.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@contextlib.contextmanager
+def kernels_on(device):
+    """The kernels inside, in the interpreter or on CUDA; gives the work of each call."""
+    works = []
+    if device == "cuda":
+        function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
+    else:
+        module = interpreted("fused_triton")
+        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8, "LOGITS": 64}
+        patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
+        patches += [mock.patch.object(fused, "switched_on", return_value=True)]
+        advanced = interpreted("pull_triton").advanced_by_triton
+        patches += [mock.patch.object(pull_triton, "advanced_by_triton", advanced)]
+
+        def function(*_):
+            return module.Fused
+
+    class Counted:
+        @staticmethod
+        def apply(features, logits, target, work, *weights):
+            works.append((work, logits is not None))
+            return function(features, target, work.sides).apply(features, logits, target, work, *weights)
+
+    with contextlib.ExitStack() as stack:
+        for patch in (*patches, mock.patch.object(fused, "kernels", return_value=Counted)):
+            stack.enter_context(patch)
+        yield works
+
+
+def results(criterion, *inputs):
+    """All terms, and the gradients of a sum in which each has a weight of its own."""
+    terms = criterion.terms(*inputs)
+    weighted = terms.total + 0.5 * terms.supervised + 0.3 * terms.density + 0.2 * terms.edge
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    return [term.detach() for term in terms], torch.autograd.grad(weighted, wanted)
+
+
+def assert_the_same(device, criterion, *inputs, calls=1, inside=True):
+    """The plain way on the CPU and the kernels give the same, in so many calls, with cross-entropy inside or not."""
+    wanted, wanted_gradients = results(criterion, *inputs)
+    moved = [tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in inputs]
+    with kernels_on(device) as works:
+        got, gradients = results(criterion, *moved)
+    assert [has_logits for _, has_logits in works] == [inside] * calls
+    tolerance = max(TOLERANCES[tensor.dtype] for tensor in inputs if tensor.requires_grad)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+    for a, b, tensor in zip(gradients, wanted_gradients, moved[:1] + moved[2:], strict=True):
+        assert (a.dtype, a.device) == (b.dtype, tensor.device)
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=tolerance * max(1e-6, float(b.abs().max())))
+
+
+@st.composite
+def calls(draw):
+    """A criterion, and what it is called with."""
+    ignore_index = draw(st.sampled_from([None, 255]))
+    small = {"batch": (1, 2), "side": (1, 8), "ignored": ignore_index is not None}
+    target = draw(masks(**small)).to(draw(st.sampled_from([torch.int64, torch.float32, torch.uint8])))
+    features = draw(features_for(len(target), channels=(2, 3), side=(1, 10)))
+    sides = draw(st.sampled_from([{"patch_size": 4}, {"patch_size": 30}, {"num_patches": 2}]))
+    contrast = {"contrast": draw(st.sampled_from(CONTRASTS)), "ignore_index": ignore_index}
+    keep = ("threshold", "temperature")
+    density = {name: value for name, value in draw(density_options()).items() if name in keep} | sides | contrast
+    keep = ("footprint", "isolate_patches", "density_threshold", "temperature")
+    edge = {name: value for name, value in draw(edge_options()).items() if name in keep} | sides | contrast
+    radii = st.sampled_from([1, 2] if edge["density_threshold"] is None else [1, (1, 2), (2, 1), (1, 3)])
+    edge |= {"inner_radius": draw(radii), "outer_radius": draw(radii)}
+    weights = draw(st.sampled_from([(0.7, 1.3), (0.0, 0.1), (0.1, 0.0)]))
+    logits = torch.randn(target.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(target.numel()))
+    criterion = CombinedExudateLoss(
+        *weights,
+        density=PatchDensityContrastLoss(**density),
+        edge=PatchEdgeContrastLoss(**edge),
+        ignore_index=ignore_index,
+    )
+    return criterion, logits.requires_grad_(), target, features.requires_grad_()
+
+
+@devices
+@settings(max_examples=25)
+@given(call=calls())
+def test_kernels_equal_the_plain_way(device, call):
+    assert_the_same(device, *call)
+
+
+def criteria(*weights, density=None, edge=None, ignore_index=None, **options):
+    """Both terms on patches of 4 x 4 pixels."""
+    common = {"patch_size": 4, "ignore_index": ignore_index}
+    return CombinedExudateLoss(
+        *(weights or (0.7, 1.3)),
+        density=PatchDensityContrastLoss(**common | (density or {})),
+        edge=PatchEdgeContrastLoss(**common | {"inner_radius": 1, "outer_radius": 1} | (edge or {})),
+        ignore_index=ignore_index,
+        **options,
+    )
+
+
+def small(ignored=None, **options):
+    """A batch whose classes differ, the last without a lesion; with some pixels ignored."""
+    logits, target, features = batch(**{"size": 8, "dtype": torch.float64} | options)
+    if target.shape[1] > 1:
+        target[:, -1] = 0
+        target[1, 0, 4:, 3:] = 1
+    if ignored is not None:
+        target[:, :, ::5, ::3] = ignored
+    return logits, target, features
+
+
+NOTHING, EVERYTHING = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
+
+
+@devices
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize(
+    ("target", "ignored"),
+    [(NOTHING, None), (EVERYTHING, None), (NOTHING, 0), (EVERYTHING[:1, :, :4, :4], None)],
+    ids=["no lesion", "all lesion", "all ignored", "one patch"],
+)
+def test_a_degenerate_batch(device, contrast, target, ignored):
+    target = target - 1 if ignored is not None else target
+    ignored = None if ignored is None else -1
+    chosen = {"contrast": contrast}
+    logits, features = (torch.randn(len(target), c, *target.shape[2:], dtype=torch.float64) for c in (1, 3))
+    criterion = criteria(density=chosen, edge=chosen, ignore_index=ignored)
+    assert_the_same(device, criterion, logits.requires_grad_(), target, features.requires_grad_())
+
+
+@devices
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_any_dtype_and_memory_format(device, dtype, memory_format):
+    logits, target, features = small(dtype=dtype, classes=2, ignored=255)
+    features = features.detach().contiguous(memory_format=memory_format).requires_grad_()
+    assert_the_same(device, criteria(ignore_index=255), logits, target, features)
+
+
+@devices
+def test_autocast_changes_nothing(device):
+    inputs = [tensor.to(device) for tensor in small(dtype=torch.float32)]
+    with kernels_on(device):
+        wanted = results(criteria(), *inputs)
+        with torch.autocast(device, torch.bfloat16):
+            got = results(criteria(), *inputs)
+    torch.testing.assert_close(got, wanted)
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.float16, torch.float64])
+def test_any_dtype_of_the_target(device, dtype):
+    logits, target, features = small(classes=3)
+    assert_the_same(device, criteria(), logits, target.to(dtype).transpose(2, 3), features)
+
+
+@devices
+def test_a_value_that_the_target_cannot_hold_is_ignored_nowhere(device):
+    logits, target, features = small()
+    assert_the_same(device, criteria(ignore_index=-100), logits, target.to(torch.uint8), features)
+
+
+@devices
+def test_the_mean_is_over_the_classes_that_have_a_contrast(device):
+    logits, target, features = small(classes=3)
+    assert_the_same(device, criteria(), logits, target, features)
+    with kernels_on(device):
+        edge = criteria().terms(*(tensor.to(device) for tensor in (logits, target, features))).edge
+        shown = criteria().terms(*(tensor.to(device) for tensor in (logits[:, :2], target[:, :2], features))).edge
+    torch.testing.assert_close(edge, shown)
+
+
+@devices
+@pytest.mark.parametrize("cells", [(2, 8), (5, 3), (10, 11)])
+def test_strides_that_divide_nothing(device, cells):
+    logits, target, _ = small(ignored=-1)
+    features = torch.randn(2, 3, *cells, dtype=torch.float64, requires_grad=True)
+    assert_the_same(device, criteria(ignore_index=-1), logits, target, features)
+
+
+@devices
+@pytest.mark.parametrize(
+    ("density", "edge", "calls"),
+    [
+        ({"temperature": 0.3}, {"temperature": 0.07}, 1),
+        ({"threshold": 0.2}, {"density_threshold": 0.6, "inner_radius": (1, 3)}, 1),
+        ({"contrast": "sup_con"}, {"contrast": "nt_xent"}, 2),
+        ({"patch_size": 3}, {}, 2),
+    ],
+)
+def test_terms_that_differ(device, density, edge, calls):
+    inputs = small()
+    assert_the_same(device, criteria(density=density, edge=edge), *inputs, calls=calls, inside=calls == 1)
+
+
+@devices
+@pytest.mark.parametrize("density", [{"select": 2}, {"max_patches": 1000}, {"gather_distributed": True}])
+def test_what_the_kernels_do_not_know_goes_the_plain_way(device, density):
+    assert_the_same(device, criteria(density=density), *small(), calls=0)
+
+
+@devices
+@pytest.mark.parametrize("edge", [{"scope": "image"}, {"max_patches": 1000}, {"gather_distributed": True}])
+def test_what_the_kernels_do_not_know_of_the_edge_goes_the_plain_way(device, edge):
+    assert_the_same(device, criteria(edge=edge), *small(), calls=0)
+
+
+@devices
+@pytest.mark.parametrize("loss", [PatchDensityContrastLoss(4, ignore_index=-1), PatchEdgeContrastLoss(4)])
+def test_a_term_alone(device, loss):
+    _, target, features = small(ignored=loss.ignore_index)
+    wanted = loss(features, target)
+    moved = features.detach().to(device).requires_grad_()
+    with kernels_on(device) as works:
+        got = loss(moved, target.to(device))
+        (gradient,) = torch.autograd.grad(3 * got, moved)
+    assert [has_logits for _, has_logits in works] == [False]
+    torch.testing.assert_close(got.cpu(), wanted)
+    torch.testing.assert_close(gradient.cpu(), torch.autograd.grad(3 * wanted, features)[0])
+
+
+@devices
+@pytest.mark.parametrize("supervised", [DiceLoss(sigmoid=True), F.binary_cross_entropy_with_logits])
+def test_a_supervised_loss_of_the_users(device, supervised):
+    assert_the_same(device, criteria(supervised=supervised), *small(classes=2), inside=False)
+
+
+@devices
+def test_index_masks(device):
+    logits, mask, features = small(classes=3)
+    index = (mask[:, :2] * torch.tensor([1, 2]).view(2, 1, 1)).amax(1).long()
+    assert_the_same(device, criteria(classes=[1, 2]), logits, index, features, inside=False)
+
+
+@devices
+def test_logits_of_another_precision_have_a_cross_entropy_of_their_own(device):
+    logits, target, features = small()
+    inputs = logits.detach().float().requires_grad_(), target, features
+    assert_the_same(device, criteria(), *inputs, inside=False)
+
+
+@devices
+@not_finite
+@pytest.mark.parametrize(
+    ("alpha", "beta", "calls"), [(0.0, Pull(0.5), 1), (Pull(1.0), 0.3, 2), (Pull(1.0), Pull(1.0), 2)]
+)
+def test_weights_that_set_themselves(device, alpha, beta, calls):
+    layer = torch.nn.Conv2d(4, 1, 1).to(device)
+
+    def trained():
+        criterion, weights = criteria(alpha, beta), []
+        for step in range(2):
+            _, target, features = (tensor.to(device) for tensor in small(seed=step, dtype=torch.float32))
+            features = features.detach().requires_grad_()
+            terms = criterion.terms(layer(features), target, features)
+            terms.total.backward()
+            weights += [terms.alpha, terms.beta, features.grad.norm()]
+        return torch.stack(weights)
+
+    wanted = trained()
+    with kernels_on(device) as works:
+        got = trained()
+    assert [has_logits for _, has_logits in works] == [False] * 2 * calls
+    assert got[-2] > 0 or got[-3] > 0
+    torch.testing.assert_close(got, wanted)
+
+
+NORMS = st.sampled_from([0.0, 1.0, 0.3, 1e-20, 1e30, float("inf"), float("nan")])
+WEIGHTS = st.one_of(st.floats(0, 3), st.builds(Pull, st.floats(0, 3), warm_up=st.integers(0, 4)))
+
+
+@devices
+@not_finite
+@given(
+    st.tuples(WEIGHTS, WEIGHTS),
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.booleans(), NORMS, NORMS, NORMS, NORMS), min_size=1, max_size=5
+    ),
+)
+def test_one_kernel_advances_the_weights(device, weights, steps):
+    pulls = [weight if isinstance(weight, Pull) else None for weight in weights]
+    numbers = [0.0 if isinstance(weight, Pull) else weight for weight in weights]
+    plain = pull.new_state()
+    other = {name: record.to(device) for name, record in pull.new_state().items()}
+    with kernels_on(device):
+        for backward, at_layer, by_hand, supervised, density, edge, scale in steps:
+            for state in (plain, other):
+                state["terms"] += torch.tensor([backward, 0, 0, 0], device=device if state is other else "cpu")
+                state["terms"][1:] = torch.tensor([scale, density, edge])
+                state["layer"][0] += at_layer
+                state["hand"][0] += by_hand
+                state["layer"][1] = state["hand"][1] = supervised
+            wanted = pull.advanced_weights(plain, pulls, numbers, None, False)
+            got = pull.advanced_weights(other, pulls, numbers, None, True)
+            torch.testing.assert_close(got.cpu(), wanted)
+            torch.testing.assert_close(other["means"].cpu(), plain["means"])
+
+
+@devices
+def test_what_wants_no_gradient_gets_none(device):
+    logits, target, features = (tensor.detach().to(device) for tensor in small())
+    with kernels_on(device):
+        assert not criteria()(logits, target, features).requires_grad
+        criteria()(logits, target, features.requires_grad_()).backward()
+    assert logits.grad is None
+    assert features.grad.any()
+
+
+@devices
+def test_a_part_has_a_gradient_of_its_own(device):
+    logits, target, features = (tensor.detach().to(device).requires_grad_(n != 1) for n, tensor in enumerate(small()))
+    with kernels_on(device):
+        terms = criteria().terms(logits, target, features)
+        by_edge = torch.autograd.grad(terms.edge, (logits, features), retain_graph=True)
+        by_supervised = torch.autograd.grad(terms.supervised, (logits, features))
+    assert [bool(gradient.any()) for gradient in (*by_edge, *by_supervised)] == [False, True, True, False]
+
+
+@devices
+def test_the_total_may_be_changed_in_place(device):
+    logits, target, features = (tensor.detach().to(device) for tensor in small())
+    features.requires_grad_()
+    with kernels_on(device):
+        loss = criteria()(logits, target, features)
+        loss += 1
+        loss.backward()
+    assert features.grad.any()
+
+
+@devices
+def test_there_is_no_second_derivative(device):
+    logits, target, features = (tensor.detach().to(device) for tensor in small())
+    features.requires_grad_()
+    with kernels_on(device):
+        loss = criteria()(logits, target, features)
+        (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+@devices
+def test_the_target_is_checked_in_the_first_call(device):
+    logits, target, features = (tensor.detach().to(device) for tensor in small())
+    with kernels_on(device), pytest.raises(ValueError, match="target"):
+        criteria()(logits, 3 * target, features)
+
+
+def test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton(monkeypatch):
+    features = torch.empty(1, 4, 8, 8)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "has_triton", lambda _: True)
+    assert not fused.switched_on(features)
+    monkeypatch.setattr(fused, "KERNELS", True)
+    assert fused.switched_on(features)
+    assert not fused.switched_on(torch.nn.Parameter(features))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not fused.switched_on(features)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "has_triton", lambda _: False)
+        assert not fused.switched_on(features)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert not fused.switched_on(features)
+
+
+def test_kernels_want_offsets_of_32_bits_and_tiles_that_fit():
+    features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
+    assert KERNELS(features, target, sides) is not None
+    assert KERNELS(torch.empty(1, 513, 8, 8), target, sides) is None
+    assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
+    assert KERNELS(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
+    assert KERNELS(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None

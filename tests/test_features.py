@@ -809,9 +809,7 @@ def test_a_head_that_the_first_pass_builds_is_said(head):
     net = Net(outcome)
     with (
         FeatureTap(net),
-        pytest.raises(
-            ValueError, match=r"'last' came later, .* or built while the model ran; make a new FeatureTap"
-        ),
+        pytest.raises(ValueError, match=r"'last' came later, .* or built while the model ran; make a new FeatureTap"),
     ):
         net(IMAGES)
     tap = FeatureTap(net)

@@ -45,29 +45,29 @@ class PatchDensityContrastLoss(PatchContrastLoss):
         threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1.
         temperature: divides the cosine similarities, >= 0.001.
         contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
-        select: "all", or an int k >= 2: of each class only the k densest dense and the k sparsest sparse patches of
-            the batch.
-        max_patches: of each class and label at most that many (>= 2) random patches, drawn anew at each call; not
+        select: "all", or an int k >= 2: for each class, only the k densest dense and the k sparsest sparse patches
+            of the batch.
+        max_patches: for each class and label, at most that many (>= 2) random patches, drawn anew on each call; not
             with select.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. A patch without valid pixels
             takes no part. With 255, the lesions of a 0/255 mask would all be ignored.
-        gather_distributed: contrast the patches of all processes of torch.distributed's default group, so that value
-            and averaged gradients (as of DistributedDataParallel) are those of one process with the whole batch. Each
-            process must call the loss, with the same K and C. select acts on all patches, max_patches on those of
-            each process. Nothing is gathered under torch.no_grad().
+        gather_distributed: contrast the patches of all processes of torch.distributed's default group. The value, and
+            the gradients as DistributedDataParallel averages them, are then those of one process with the whole
+            batch. Each process must call the loss, with the same K and C. select acts on all patches, max_patches on
+            those of each process. Nothing is gathered under torch.no_grad().
 
     Shape:
         - features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
         - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
 
-        Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
-        torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
-        Returns (), float32 (float64 for float64 features): 0, with zero gradients, where no patch is dense, none is
-        sparse, or no label has two.
+        Half-precision features are pooled and contrasted in float32, even under autocast; matrix products follow
+        torch.set_float32_matmul_precision. A NaN or infinity in the features, even at ignored pixels, may give NaN.
+        Returns (), float32 (float64 for float64 features): 0, with zero gradients, if no patch is dense, none is
+        sparse, or neither kind has two.
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
-            values are checked at every call on the CPU, at the first call on CUDA, and never in compiled code.
+            values are checked on every call on the CPU, on the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
@@ -136,42 +136,42 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
 
     The inner band holds the lesion pixels within inner_radius of background, the outer band the background pixels
     within outer_radius of a lesion. The image border is no contour, and ignored pixels are neither lesion nor
-    background. In each patch each band gives one embedding, an empty band none.
+    background. Each band gives one embedding per patch, and none where it is empty.
     Each class of the target has its own contrast, over all images of the batch, and the classes are averaged.
 
     Args:
         patch_size: side of a patch in target pixels, >= 1; None means 16 unless num_patches is given.
         num_patches: n >= 1, instead of patch_size: sides ceil(H / n) and ceil(W / n), so at most n patches per axis.
-        inner_radius: in target pixels, >= 1; with density_threshold also a pair (in sparse, in dense patches).
+        inner_radius: in target pixels, >= 1; with density_threshold also a pair (for sparse, for dense patches).
         outer_radius: likewise.
-        footprint: what within a radius means: "square" (Chebyshev distance) or "cross" (Manhattan distance).
-        isolate_patches: cut each patch out first. Its outside, also the image's, counts as background for the inner
+        footprint: what "within a radius" means: "square" (Chebyshev distance) or "cross" (Manhattan distance).
+        isolate_patches: cut each patch out first. Its outside, and the image's, counts as background for the inner
             band, and a patch whose valid pixels are all lesion or all background has no contour.
-        scope: "patch" (one inner and one outer embedding a patch) or "image" (one of each an image).
-        density_threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1; a pixel's radius is then
-            that of its patch.
+        scope: "patch" (one inner and one outer embedding per patch) or "image" (one of each per image).
+        density_threshold: lesion fraction above which a patch is dense, 0 <= threshold < 1; each pixel then has the
+            radius of its patch.
         temperature: divides the cosine similarities, >= 0.001.
         contrast: "nt_xent" (mean over positive pairs) or "sup_con" (Khosla et al., mean over anchors).
-        max_patches: of each class and label at most that many (>= 2) random embeddings, drawn anew at each call.
+        max_patches: for each class and label, at most that many (>= 2) random embeddings, drawn anew on each call.
         ignore_index: target value of pixels that count for nothing, neither 0 nor 1. With 255, the lesions of a
             0/255 mask would all be ignored.
-        gather_distributed: contrast the bands of all processes of torch.distributed's default group, so that value
-            and averaged gradients (as of DistributedDataParallel) are those of one process with the whole batch. Each
-            process must call the loss, with the same K and C. max_patches acts on the bands of each process. Nothing
-            is gathered under torch.no_grad().
+        gather_distributed: contrast the bands of all processes of torch.distributed's default group. The value, and
+            the gradients as DistributedDataParallel averages them, are then those of one process with the whole
+            batch. Each process must call the loss, with the same K and C. max_patches acts on the bands of each
+            process. Nothing is gathered under torch.no_grad().
 
     Shape:
         - features: (B, C, h, w), floating, C >= 2; any h and w (pixel (i, j) reads (floor(i h / H), floor(j w / W))).
         - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
 
-        Half-precision features are pooled and contrasted in float32, also under autocast; the products follow
-        torch.set_float32_matmul_precision. A NaN or infinity in the features, ignored pixels included, may give NaN.
-        Returns (), float32 (float64 for float64 features): 0, with zero gradients, where there is no contour or no
-        band has two embeddings.
+        Half-precision features are pooled and contrasted in float32, even under autocast; matrix products follow
+        torch.set_float32_matmul_precision. A NaN or infinity in the features, even at ignored pixels, may give NaN.
+        Returns (), float32 (float64 for float64 features): 0, with zero gradients, if there is no contour or neither
+        kind of band has two embeddings.
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
-            values are checked at every call on the CPU, at the first call on CUDA, and never in compiled code.
+            values are checked on every call on the CPU, on the first call on CUDA, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 16, 16, requires_grad=True)
@@ -251,9 +251,9 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
 
 
 class LossTerms(NamedTuple):
-    """What CombinedExudateLoss.terms gives: total = supervised + alpha density + beta edge, each a scalar tensor.
+    """What CombinedExudateLoss.terms returns: total = supervised + alpha density + beta edge, each a scalar tensor.
 
-    density and edge are unweighted, 0 where skipped; alpha and beta are the weights that were used, without gradient.
+    density and edge are unweighted, 0 if skipped; alpha and beta are the weights that were used, without gradient.
     """
 
     total: Tensor
@@ -269,38 +269,41 @@ class CombinedExudateLoss(MaskLoss):
 
         total = supervised + alpha density + beta edge
 
-    By default the edge term alone, whose weight the criterion sets so that the term pulls at the features as hard as
-    the supervised loss (Pull). The weights of the paper are paper()'s.
+    The default uses the edge term alone. The criterion sets its weight, a Pull, so that the term pulls at the features
+    as hard as the supervised loss. paper() has the paper's weights.
 
     Args:
-        alpha: weight of the density term, a number, finite and >= 0, or a Pull; 0 skips its work. May be set between
-            steps.
+        alpha: weight of the density term: a finite number >= 0, or a Pull. 0 skips the term. May be set between steps.
         beta: weight of the edge term, likewise.
-        supervised: called as supervised(logits, target), gives a scalar; None is binary cross-entropy with logits,
-            the mean over valid pixels. It gets the target as it is, ignored values too; a warning says once
-            if it has a gradient at ignored pixels (on CUDA the first batch alone is looked at).
+        supervised: called as supervised(logits, target), returns a scalar. None is binary cross-entropy with logits, or
+            cross-entropy with classes, the mean over valid pixels. A given loss gets the target as it is, ignored
+            values included; one warning says if it has a gradient at ignored pixels (on CUDA only the first batch is
+            looked at).
         density: None is PatchDensityContrastLoss(ignore_index=ignore_index).
         edge: None is PatchEdgeContrastLoss(ignore_index=ignore_index).
+        classes: distinct integers >= 0, the classes that are lesions, if the target is an index mask; None if it is
+            masks.
         ignore_index: target value of pixels that count for nothing in the default parts, neither 0 nor 1. With 255,
             the lesions of a 0/255 mask would all be ignored.
-        features: the model, which is then tapped, or a FeatureTap on it, which gives the features; features given to
-            a call win over it. The tap stands as the attribute tap, which copies of the criterion lose; it can be set
-            to a model or a FeatureTap.
+        features: the model, which is then tapped, or a FeatureTap on it, from which the criterion takes the features.
+            Features given to a call take precedence. The attribute tap holds the tap, and may be set to a model or a
+            FeatureTap; copies of the criterion lose it.
 
     Shape:
-        - logits: (B, K, H, W), floating.
-        - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
-        - features: (B, C, h, w), floating, C >= 2, any h and w. Not needed where alpha and beta are 0.
+        - logits: (B, K, H, W), floating; with classes, any number of channels, for cross-entropy one per class.
+        - target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating; with classes an index mask,
+          (B, H, W) or (B, 1, H, W), integer.
+        - features: (B, C, h, w), floating, C >= 2, any h and w. Not needed if alpha and beta are 0.
 
-        Returns (), float32 (float64 where logits or features are).
+        Returns (), float32 (float64 if logits or features are).
 
     Raises:
-        TypeError, ValueError: an option or a tensor is not as above, no features are given, the logits do not belong
-            to those of the tap as far as the autograd graph tells, a Pull has nothing to measure, or a part's
-            ignore_index contradicts this one's.
-            The target's values are checked at every call on the CPU, at the first call on CUDA, and never in compiled
+        TypeError, ValueError: an option or a tensor is not as above, no features are given, the autograd graph shows
+            that the logits do not belong to the tap's features, a Pull has nothing to measure, or a part's
+            ignore_index contradicts the criterion's.
+            The target's values are checked on every call on the CPU, on the first call on CUDA, and never in compiled
             code.
-        RuntimeError: the tap has nothing to give.
+        RuntimeError: the tap has no features.
 
     Example:
         >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
@@ -338,7 +341,7 @@ class CombinedExudateLoss(MaskLoss):
     ) -> None:
         super().__init__(ignore_index)
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            self._weight(name, weight)  # before nn.Module takes a module given by mistake for a part
+            self._weight(name, weight)  # or nn.Module would register a module given by mistake as a part
         self.alpha = alpha
         self.beta = beta
         self.supervised = supervised
@@ -351,7 +354,7 @@ class CombinedExudateLoss(MaskLoss):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "supervised" and not isinstance(value, nn.Module):
             self._modules.pop(name, None)  # or nn.Module refuses a function where a module was
-        # nn.Module would take a model for a part of the criterion.
+        # nn.Module would register a model as a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
         if name == "tap" and isinstance(self.tap, FeatureTap):
             self._measure_at_the_tap()
@@ -389,7 +392,7 @@ class CombinedExudateLoss(MaskLoss):
             features: as in the constructor.
 
         Returns:
-            The criterion, whose weights can be set.
+            The criterion; its weights can be set.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -416,8 +419,8 @@ class CombinedExudateLoss(MaskLoss):
         """The criterion with the options of the authors' published code: supervised + 0.01 (density + edge).
 
         Density: 5 x 5 patches, dense from a lesion fraction of 0.3; the 3 densest against the 3 sparsest of the batch.
-        Edge: footprint "cross" in each patch alone, inner and outer radius 2 in dense patches, 1 and 5 in sparse ones;
-        one inner and one outer embedding an image.
+        Edge: footprint "cross" in isolated patches, inner and outer radius 2 in dense patches, 1 and 5 in sparse ones;
+        one inner and one outer embedding per image.
 
         Args:
             supervised: as in the constructor.
@@ -426,7 +429,7 @@ class CombinedExudateLoss(MaskLoss):
             features: as in the constructor.
 
         Returns:
-            The criterion, whose parts show its options and whose weights can be set.
+            The criterion; its parts show the options, and its weights can be set.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -436,9 +439,9 @@ class CombinedExudateLoss(MaskLoss):
             PatchDensityContrastLoss(num_patches=5, temperature=0.05, contrast='nt_xent', ..., select=3)
 
         Reference:
-            Tang et al. 2024, arXiv 2302.11517v2, by their code; docs/method.md tells where it and the text differ.
+            Tang et al. 2024, arXiv 2302.11517v2, after their code; docs/method.md says where it and the text differ.
         """
-        from_0_3 = math.nextafter(0.3, 0)  # "at least 0.3", said with "above"
+        from_0_3 = math.nextafter(0.3, 0)  # "at least 0.3", expressed as "above"
         density = PatchDensityContrastLoss(num_patches=5, threshold=from_0_3, select=3, ignore_index=ignore_index)
         edge = PatchEdgeContrastLoss(
             num_patches=5,
@@ -472,7 +475,7 @@ class CombinedExudateLoss(MaskLoss):
     ) -> "CombinedExudateLoss":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
-        Deprecated: CombinedExudateLoss() sets the weight itself, whatever the network and the supervised loss.
+        Deprecated: CombinedExudateLoss() sets the weight itself, for any network and supervised loss.
 
         Args:
             supervised: as in the constructor.
@@ -481,7 +484,7 @@ class CombinedExudateLoss(MaskLoss):
             features: as in the constructor.
 
         Returns:
-            The criterion, whose parts show its options and whose weights can be set.
+            The criterion; its parts show the options, and its weights can be set.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -491,8 +494,8 @@ class CombinedExudateLoss(MaskLoss):
             0.002
         """
         warnings.warn(
-            "CombinedExudateLoss.weak_edge() goes with the next version; use CombinedExudateLoss(...), which sets the "
-            "edge term's weight itself, or CombinedExudateLoss(beta=0.002, ...) for the same as here",
+            "CombinedExudateLoss.weak_edge() will go in the next version; use CombinedExudateLoss(...), which sets the "
+            "edge term's weight itself, or CombinedExudateLoss(beta=0.002, ...), which is the same as this",
             FutureWarning,
             stacklevel=2,
         )
@@ -521,9 +524,9 @@ class CombinedExudateLoss(MaskLoss):
         return self.terms(logits, target, features).total
 
     def terms(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> LossTerms:
-        """The weighted total and its three parts, density and edge unweighted, 0 where skipped; for logs.
+        """The weighted total and its three parts, for logs; density and edge are unweighted, 0 if skipped.
 
-        Args, Raises: as a call of the criterion; it takes the place of one, with total as what to differentiate.
+        Call it instead of the criterion, and differentiate total. Args, Raises: as for a call of the criterion.
         """
         self._check_changed_options()
         finest, mask = self._finest(logits, target)
@@ -534,7 +537,7 @@ class CombinedExudateLoss(MaskLoss):
             _checks.check_features(features, mask)
             if not is_tapped:
                 check_gradient(features, finest)
-        # A subclass with a forward of its own checks and computes for itself.
+        # A subclass with a forward of its own checks and computes by itself.
         ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
         if features is not None and ours:
             at_once = self._all_at_once(plain(finest), plain(mask), plain(features), terms)
@@ -565,7 +568,7 @@ class CombinedExudateLoss(MaskLoss):
         density = losses[0] if losses and self._uses_density else zero
         edge = losses[-1] if losses and self._uses_edge else zero
         if weights is None:
-            # Where a Pull weighs nothing there are no terms: the layer is not known yet.
+            # If there is a Pull here, no term was computed: the tap does not know its layer yet.
             alpha, beta = (
                 zero if isinstance(weight, Pull) else weight.to(term.dtype)
                 for weight, term in ((self._alpha, density), (self._beta, edge))
@@ -577,7 +580,7 @@ class CombinedExudateLoss(MaskLoss):
         return LossTerms(total, supervised, density, edge, alpha, beta)
 
     def extra_repr(self) -> str:
-        """What repr shows beside the parts."""
+        """What repr shows besides the parts."""
         shown = f"alpha={self.alpha}, beta={self.beta}, ignore_index={self.ignore_index}, features={self.tap}"
         if self.classes is not None:
             shown += f", classes={self.classes}"
@@ -597,7 +600,7 @@ class CombinedExudateLoss(MaskLoss):
             destination[f"{prefix}pull"] = torch.cat(list(self._pull_state.values()))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """The constructor decides what is a Pull; the state, which may be missing, gives it its values."""
+        """The constructor decides which weights are Pulls; the state, which may be missing, only sets values."""
         own = dict(state_dict)
         for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
             number = own.pop(prefix + name, None)
@@ -626,12 +629,12 @@ class CombinedExudateLoss(MaskLoss):
         """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
         state, tap = self._pull_state, self.tap
         if state is not None and tap is not None and state["layer"] is not tap.norm:
-            if self._pull_pending:  # what a state or a copy holds of its last backward pass
+            if self._pull_pending:  # what a state or a copy holds from its last backward pass
                 tap.norm.copy_(state["layer"])
             tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
 
     def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
-        """A weight as it is kept, and whether its term is in use."""
+        """The weight as it is stored, and whether its term is in use."""
         if isinstance(value, Pull):
             self._pull_state = self._pull_state or pull.new_state()
             return value, True
@@ -641,16 +644,16 @@ class CombinedExudateLoss(MaskLoss):
                 "loss as supervised="
             )
         _checks.check_number(name, value, 0)
-        # The compiler specialises on a float and would compile again for the next; a tensor it takes as an input.
+        # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
         return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
 
     def _pulled(
         self, supervised: Tensor, features: Tensor, terms: Sequence[PatchContrastLoss], is_tapped: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The weights of density and edge, and for each term in use its features, whose gradient is measured.
+        """The weights of density and edge, and for each term in use the features whose gradient is measured.
 
         Raises:
-            ValueError: in a training call, where there is no mean and no way of measuring one.
+            ValueError: in a training call, if there is no mean and no way to measure one.
         """
         state = cast("dict[str, Tensor]", self._pull_state)
         if state["means"].device != features.device:
@@ -678,9 +681,9 @@ class CombinedExudateLoss(MaskLoss):
                 self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
         if not (measured or waits or self._pull_known):
             raise ValueError(
-                "a weight that sets itself must be measured at features that the logits are made from, in code that is "
-                "neither compiled nor captured in the first steps, got none of these; run some eager steps first, give "
-                "the features behind the logits, or give a number such as beta=0.02"
+                "a weight that sets itself must be measured at features that the logits are made from, in first "
+                "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
+                "give the features behind the logits, or give a number such as beta=0.02"
             )
         names = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
         return used, [
@@ -708,11 +711,11 @@ class CombinedExudateLoss(MaskLoss):
         return LossTerms(total, supervised, density, edge, alpha.to(total.dtype), beta.to(total.dtype))
 
     def _finest(self, logits: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """The logits and the target that the terms look at, checked: of several levels the first."""
+        """The logits and the target that the terms look at, checked: the first of several levels."""
         if isinstance(logits, (list, tuple)):
             if self.supervised is None:
                 raise ValueError(
-                    "supervised must be given where logits are the levels of deep supervision, got None; give the loss "
+                    "supervised must be given if logits are the levels of deep supervision, got None; give the loss "
                     "that weighs the levels, such as MONAI's DeepSupervisionLoss"
                 )
             if not logits:
@@ -740,7 +743,7 @@ class CombinedExudateLoss(MaskLoss):
         return logits, target
 
     def _default_supervised(self, logits: Tensor, target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor:
-        """Cross-entropy with classes, else binary cross-entropy; the target's values are checked for the terms, too."""
+        """Cross-entropy with classes, else binary cross-entropy; also checks the target's values for the terms."""
         if self.classes is None:
             known = self._check_values(target, [self.ignore_index, *(term.ignore_index for term in terms)])
             with full_precision(target):
@@ -758,7 +761,7 @@ class CombinedExudateLoss(MaskLoss):
             return cross_entropy(logits, index, self.ignore_index)
 
     def _term_features(self, features: Tensor | None, logits: Tensor, *, needed: bool) -> Tensor | None:
-        """The features for the terms, those given or the tap's; None where they are not needed."""
+        """The features for the terms, given or the tap's; None if not needed, or if the tap knows no layer yet."""
         if features is None and self.tap is not None:
             if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
                 # Validation before the first training step, such as Lightning's sanity check.
@@ -766,7 +769,8 @@ class CombinedExudateLoss(MaskLoss):
                     self._told_to_wait = True
                     warnings.warn(
                         "the tap finds its layer in the first forward pass with gradients; until then the criterion "
-                        "gives the supervised loss alone, unless FeatureTap(model, layer=NAME) names the layer",
+                        "gives the supervised loss alone; to avoid this, name the layer with "
+                        "FeatureTap(model, layer=NAME)",
                         stacklevel=4,
                     )
                 return None
@@ -775,7 +779,7 @@ class CombinedExudateLoss(MaskLoss):
             self.tap.drop()
         elif features is None and needed:
             raise ValueError(
-                "features must be given, as criterion(logits, target, features) or by "
+                "features must be given, as criterion(logits, target, features) or with "
                 "CombinedExudateLoss(features=model), got None; copies of a criterion are untapped: set "
                 "criterion.tap = model"
             )
@@ -790,12 +794,12 @@ class CombinedExudateLoss(MaskLoss):
         return given_loss(supervised, logits, target, self.ignore_index, of_classes=self.classes is not None)
 
     def _look_for_misuse(self, logits: Tensor, mask: Tensor) -> None:
-        """Warn once of each suspicion; of what may be chance only if each batch that is looked at shows it."""
+        """Warn once of each suspicion; if it may be chance, only when every batch that is looked at shows it."""
         if len(mask) == 1 and self._uses_edge and self.edge.scope == "image" and not self.edge.gather_distributed:
             self._warn(
                 "one image",
-                "edge has scope='image', as in hecl(), which contrasts bands of several images, but the batch has one, "
-                "so the term is 0; give batches of several images or scope='patch'",
+                "edge has scope='image', as in hecl(), which contrasts the bands of several images, but the batch has "
+                "one, so the term is 0; give batches of several images, or scope='patch'",
             )
         if not _checks.may_read(mask) or self._looks == 0:
             return
@@ -812,12 +816,12 @@ class CombinedExudateLoss(MaskLoss):
             warnings.warn(sentence, stacklevel=5)
 
     def _see_learning(self, learns: bool, pulls: bool) -> None:
-        """Warn once: of the first ignored pixels on the CPU; elsewhere, where looking waits, of the first batch."""
+        """Warn once: on the CPU at the first ignored pixels; elsewhere, where looking waits, in the first batch."""
         if learns and not self._learning_seen:
             warnings.warn(
                 f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), so it seems not to know "
-                "the value; tell it, often by ignore_index=, or, if it is to learn from these pixels, give "
-                "ignore_index to density and edge alone",
+                "that value; set it there too, often with ignore_index=, or, if supervised should learn from these "
+                "pixels, give ignore_index to density and edge alone",
                 stacklevel=2,
             )
         elif not pulls and not self._learning_seen:

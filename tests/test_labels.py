@@ -299,7 +299,7 @@ def test_masks_of_single_images_in_a_list_are_told_from_levels():
 
 def test_deep_supervision_needs_a_loss():
     logits, index, features = batch(classes=1)
-    with pytest.raises(ValueError, match="supervised must be given where logits are the levels"):
+    with pytest.raises(ValueError, match="supervised must be given if logits are the levels"):
         CombinedExudateLoss(**FIXED)(levels(logits), (index > 0).unsqueeze(1), features)
     with pytest.raises(ValueError, match=r"make them a list with logits.unbind\(1\)"):
         CombinedExudateLoss(**FIXED)(logits[:, None], (index > 0).unsqueeze(1), features)

@@ -281,7 +281,7 @@ def synthetic_sentences():
     f1 = [f"{own:.3f}" for own in values["F1"].mean(1)]
     small = [f"{100 * own:.0f} %" for own in values["small-lesion recall"].mean(1)]
     return [
-        "F1 is {} with BCE, {} with Dice + BCE and {} with the edge term besides".format(*f1),
+        "F1 is {} with BCE, {} with Dice + BCE and {} with the edge term added".format(*f1),
         "{}, {} and {} of the lesions under 25 pixels are found".format(*small),
         f"The edge term changes F1 by {change('F1', values)}",
         f"and small-lesion recall by {change('small-lesion recall', values)}",

@@ -1,7 +1,7 @@
 """How many kernels the losses launch on CUDA, and what the host does for it; needs no GPU.
 
-Prints tables: of eager code the launches by part (overhead/eager.py) and the host's time (overhead/host.py), of
-compiled code what torch.compile would launch and how much it would allocate (overhead/launches.py).
+Prints tables: for eager code, the launches by part (overhead/eager.py) and the host's time (overhead/host.py); for
+compiled code, what torch.compile would launch and allocate (overhead/launches.py).
 
     python benchmarks/kernels.py --json kernels.json
 """
@@ -26,7 +26,7 @@ from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLo
 def main() -> None:
     """Print the tables; write the figures of eager code as JSON, if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="figures of eager code")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="file for the figures of eager code (default: none)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     eager, host = eager_counts(), _host_times()

@@ -26,7 +26,9 @@ from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLo
 def main() -> None:
     """Print the tables; write the figures of eager code as JSON, if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="file for the figures of eager code (default: none)")
+    parser.add_argument(
+        "--json", type=writable_file, metavar="FILE", help="file for the figures of eager code (default: none)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     eager, host = eager_counts(), _host_times()

@@ -56,7 +56,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of data and weights (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of data and weights (default: %(default)s)"
+    )
     parser.add_argument(
         "--output", type=picture_file, default="run.png", metavar="PNG", help="plots (default: %(default)s)"
     )

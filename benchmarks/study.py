@@ -186,9 +186,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
     parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/protocol.md")
     parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads of each process (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="where to keep images and networks")
+    parser.add_argument(
+        "--threads", type=whole_number(1), default=1, help="threads of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="where to keep images and networks"
+    )
     options = parser.parse_args(arguments)
     if QUESTIONS[options.question].device == "cuda" and not torch.cuda.is_available():
         parser.error(f"question {options.question} needs CUDA, but PyTorch finds no CUDA device")

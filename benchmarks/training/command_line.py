@@ -79,7 +79,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"side of a crop, a multiple of {UNET_STRIDE} (default: %(default)s)",
     )
     training.add_argument(
-        "--norm", choices=("batch", "group"), default="batch", help="normalisation layers of the network (default: %(default)s)"
+        "--norm",
+        choices=("batch", "group"),
+        default="batch",
+        help="normalisation layers of the network (default: %(default)s)",
     )
     training.add_argument(
         "--seed", type=whole_number(0), default=0, help="seed of weights, crops and drawings (default: %(default)s)"

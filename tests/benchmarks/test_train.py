@@ -203,7 +203,7 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
         *(
             (
                 ["--eval-only", "x", "--masks", ".", "--images", ".", f"--{name}", value],
-                f"--{name} is for training, and --eval-only trains nothing",
+                f"--{name} is for training, but --eval-only trains nothing",
             )
             for name, value in (("data", "."), ("lesion", "EX"), ("steps", "9"), ("beta", "0"), ("save", "networks.pt"))
         ),

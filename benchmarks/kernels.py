@@ -36,7 +36,9 @@ Uses = dict[str, dict[str, list[int]]]
 def main() -> None:
     """Print the tables; write the figures of eager code as JSON, if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="figures of eager code")
+    parser.add_argument(
+        "--json", type=writable_file, metavar="FILE", help="file for the figures of eager code (default: none)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """What the losses cost, forward and backward: beside plain BCE, beside what nothing can avoid, and as sizes grow.
 
-Everything is timed in this one process, warmed up, works of a group in turn, with fresh gradients each time; the
-tables give medians (and quartiles), and ratios within rounds. Memory is what PyTorch allocates.
+Everything is timed in this one process after a warm-up, the items of a group in turn, with fresh gradients each time.
+The tables give medians (and quartiles), and ratios within rounds. Memory is what PyTorch allocates.
 
     python benchmarks/run.py                  # about 10 minutes on two cores
     python benchmarks/run.py --quick          # under a minute, small sizes: shows that all of it works
@@ -61,7 +61,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (the default: cuda where there is one), cpu, cuda, cuda:1, ...",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of data and weights (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of data and weights (default: %(default)s)"
+    )
     parser.add_argument(
         "--output", type=picture_file, default="run.png", metavar="PNG", help="plots (default: %(default)s)"
     )

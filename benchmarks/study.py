@@ -2,11 +2,11 @@
 
     python benchmarks/study.py --data PATH --question a
 
-A run whose line is in the file is not done again, and one that another process is at is left to it: work split over
-days, or among as many processes as there are processors, adds up; summary.py reads the file.
+A run whose line is in the file is not repeated, and a run that another process is doing is left to it, so the work can
+be spread over days, or over as many processes as there are processors; summary.py reads the file.
 Every arm of a seed begins with the same weights and sees the same crops. A seed holds out a fifth of the training
-photographs, on which the curve is measured; the test photographs are looked at once, at the end, and not at all where
-the question is one of choice.
+photographs, on which the curve is measured; the test photographs are evaluated once, at the end, and not at all if the
+question is one of choice.
 """
 
 import argparse
@@ -186,12 +186,18 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
     parser.add_argument("--question", choices=QUESTIONS, required=True, help="which runs: see docs/protocol.md")
     parser.add_argument("--seeds", type=whole_number(1), metavar="N", help="only the first N seeds")
-    parser.add_argument("--threads", type=whole_number(1), default=1, help="of each process (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="of images and networks")
+    parser.add_argument(
+        "--threads", type=whole_number(1), default=1, help="threads of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="where to keep images and networks"
+    )
     options = parser.parse_args(arguments)
     if QUESTIONS[options.question].device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"question {options.question} is answered on CUDA, and PyTorch finds no CUDA device")
+        parser.error(f"question {options.question} needs CUDA, but PyTorch finds no CUDA device")
     return options
 
 

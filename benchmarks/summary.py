@@ -3,7 +3,7 @@
     python benchmarks/summary.py                       # prints the tables
     python benchmarks/summary.py --document docs/results-tables.md --plots docs
 
-The second puts the tables between two marks of the document, and writes four plots, study-*.png.
+The second puts the tables between two marks in the document, and writes four plots, study-*.png.
 """
 
 import argparse
@@ -341,7 +341,9 @@ def _interval(differences: Sequence[float]) -> str:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)"
+    )
     parser.add_argument("--document", type=Path, metavar="FILE", help="put the tables there instead of printing them")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write the plots (default: nowhere)")
     return parser.parse_args(arguments)

@@ -12,12 +12,12 @@ Prints a table, and writes one PNG and, if asked, the figures as JSON.
     python benchmarks/train.py --data "A. Segmentation" --save networks.pt
     python benchmarks/train.py --eval-only networks.pt --images photographs --masks lesions
 
-With torchrun each process trains on its share of every batch, the contrast is over the whole, and the first process
-evaluates and writes. With group norm the loss curve of BCE is that of one process, to rounding; batch norm takes the
-statistics of each share, and Dice is that of each share.
+With torchrun each process trains on its share of every batch, the contrast is over the whole batch, and the first
+process evaluates and writes. With group norm the loss curve of BCE equals that of one process, up to rounding; batch
+norm and Dice are computed on each share separately.
 
-With --eval-only nothing is trained: the networks that --save has written are judged on other photographs, reduced like
---data's. A photograph without a mask counts as without lesion.
+With --eval-only nothing is trained: the networks that --save has written are evaluated on other photographs, reduced
+like --data's. A photograph without a mask counts as having no lesion.
 
 F1 and IoU (at probability 0.5) and average precision are over all pixels of all held-out photographs together.
 Small-lesion recall is the share of all lesions under 25 pixels that the prediction touches.

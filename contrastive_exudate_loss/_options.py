@@ -11,7 +11,7 @@ from contrastive_exudate_loss import _checks
 class MaskLoss(nn.Module):
     """A loss whose target is a mask of 0, 1 and ignore_index.
 
-    A constructor sets the options and ends with self._check_changed_options(), with which every call begins.
+    A constructor sets the options and ends with self._check_changed_options(); every call begins with it.
     """
 
     # Class attributes, which pickles of 0.1.0 lack.
@@ -24,13 +24,13 @@ class MaskLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _checks.plain_option(value))
-        # The weights check themselves; marked here, compiled code would be compiled anew when one changes.
+        # Setting a weight checks it; marking it here would recompile compiled code when a weight changes.
         if not name.startswith("_") and name not in ("training", "alpha", "beta"):
             self._options_checked = False
 
     def _check_changed_options(self) -> None:
-        """Raise unless the options make sense, each by itself and together; costs nothing if none was set since."""
-        if torch.compiler.is_compiling():  # which runs this once, and would run it again when the mark changes
+        """Raise unless the options make sense, alone and together; costs nothing if none was set since."""
+        if torch.compiler.is_compiling():  # the compiler runs this once, and would again if the mark changed
             self._check_options()
         elif not self._options_checked:
             self._check_options()
@@ -40,7 +40,7 @@ class MaskLoss(nn.Module):
         _checks.check_ignore_index(self.ignore_index)
 
     def _check_values(self, target: Tensor, ignore_indices: list[int | None]) -> bool:
-        """Check the target's values against 0, 1 and each ignore_index: at each call on the CPU, else at the first.
+        """Check the target's values against 0, 1 and each ignore_index: on each call on the CPU, else on the first.
 
         Returns whether they were read.
         """

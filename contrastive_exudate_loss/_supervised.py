@@ -12,13 +12,13 @@ from contrastive_exudate_loss.masks import lesion_and_valid
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | None, *, known: bool) -> Tensor:
-    """Mean over the valid pixels of the cross-entropy with logits, 0 where there are none.
+    """Mean over the valid pixels of the binary cross-entropy with logits, 0 if there are none.
 
     Args:
         logits: (B, K, H, W), floating.
         target: (B, K, H, W) of 0, 1 and ignore_index; bool, integer or floating.
         ignore_index: value of pixels that count for nothing.
-        known: whether the target's values have been checked; if not, what is not 0 is lesion.
+        known: whether the target's values have been checked; if not, every value but 0 is lesion.
 
     Returns:
         (), float32 or float64.
@@ -26,7 +26,7 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | Non
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not _ignores(target, ignore_index):
         lesion = target.to(logits.dtype)
-        # Made without a bool, which compiled code on the CPU would keep for the backward, slowly.
+        # Made without a bool, which compiled code on the CPU would keep for the backward pass, slowly.
         return F.binary_cross_entropy_with_logits(logits, lesion if known else lesion.sign().abs())
     lesion, valid = lesion_and_valid(target, ignore_index)
     # An ignored logit may be infinite: filled before it enters the formula, it cannot make the gradient NaN.
@@ -36,7 +36,7 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | Non
 
 
 def cross_entropy(logits: Tensor, index: Tensor, ignore_index: int | None) -> Tensor:
-    """Mean over the valid pixels of the cross-entropy over classes, 0 where there are none.
+    """Mean over the valid pixels of the cross-entropy over classes, 0 if there are none.
 
     Args:
         logits: (B, C, H, W), floating.

@@ -1,4 +1,4 @@
-"""What the two contrastive terms share: their masks are pooled to embeddings, and these are contrasted."""
+"""What the two contrastive terms share: pooling their masks to embeddings, and contrasting these."""
 
 import contextlib
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
 
 
 class PatchContrastLoss(MaskLoss):
-    """A term that contrasts two kinds of regions; a subclass says which, and how their embeddings are labelled."""
+    """A term that contrasts two kinds of regions; a subclass says which, and how to label their embeddings."""
 
     def __init__(
         self,
@@ -96,9 +96,9 @@ class PatchContrastLoss(MaskLoss):
         raise NotImplementedError
 
     def _candidates(self, sums: Tensor, present: Tensor, regions: Regions) -> Sequence[Candidates]:
-        """Those of each class, from what the regions pooled to.
+        """The candidates of each class, from the pooled regions.
 
-        Sums stand for means, of which a contrast sees the directions alone.
+        Sums stand in for means, since a contrast sees directions alone.
 
         Args:
             sums: (B, T, gh, gw, C), floating.
@@ -112,8 +112,8 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
     """The loss of each term, from one pooling for all that have the same features and patches of the same size.
 
     Args:
-        terms: with options that have been checked.
-        features: of each term, (B, C, h, w), floating.
+        terms: terms whose options have been checked.
+        features: one per term, (B, C, h, w), floating.
         target: (B, K, H, W) of 0, 1 and the terms' ignore_index.
     """
     sides = _sides(terms, target)
@@ -177,7 +177,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def full_precision(target: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast switched off on the target's device; the meta device has none."""
+    """Switches autocast off on the target's device; the meta device has none."""
     kind = target.device.type
     if target.is_meta or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
@@ -260,19 +260,19 @@ def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tenso
             contrasted.append(_has_contrast(labels, present))
     if len(classes) == 1:
         return losses[0]
-    # A class without a contrast has a loss of 0.
+    # A class without a contrast has loss 0.
     return torch.stack(losses).sum() / torch.stack(contrasted).sum().clamp(min=1)
 
 
 def _has_contrast(labels: Tensor, present: Tensor) -> Tensor:
-    """Whether there is a pair of one label and another embedding of the other, (), bool."""
+    """Whether one label has a pair and the other label an embedding, (), bool."""
     ones, zeros = (labels & present).sum(), (~labels & present).sum()
     return (torch.minimum(ones, zeros) > 0) & (torch.maximum(ones, zeros) > 1)
 
 
 def _shown_classes(target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor:
-    """The classes with a lesion pixel, one at least: the others have no contrast, and cost as much as these."""
-    if any(term.gather_distributed for term in terms):  # on another process a class may be shown
+    """The target's classes with a lesion pixel, at least one class: the others have no contrast, but cost as much."""
+    if any(term.gather_distributed for term in terms):  # another process may show the class
         return target
     shown = torch.stack(
         [

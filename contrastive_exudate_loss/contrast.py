@@ -1,7 +1,7 @@
 """Supervised contrast of labelled embeddings, in memory that grows with M, not with M x M.
 
-The gradient of the M x M similarities is formed tile by tile beside the loss: a loss is one number, so the backward
-has only to scale it. Reference: Khosla et al. 2020 (arXiv 2004.11362); Tang et al. 2023 (arXiv 2302.11517).
+The gradient of the M x M similarities is formed tile by tile along with the loss: a loss is one number, so the backward
+pass only has to scale it. Reference: Khosla et al. 2020 (arXiv 2004.11362); Tang et al. 2023 (arXiv 2302.11517).
 """
 
 import functools
@@ -31,7 +31,7 @@ def contrast_loss(
     part: int = 0,
     parts: int = 1,
 ) -> Tensor:
-    """Contrast of the present embeddings: equal labels pull together, different labels push apart.
+    """Contrast of the present embeddings: equal labels attract, different labels repel each other.
 
     With z = e / ||e|| and s_ij = z_i . z_j / temperature,
 
@@ -47,10 +47,10 @@ def contrast_loss(
         temperature: > 0.
         contrast: "nt_xent" or "sup_con".
         part: which of the equal parts of the anchors to sum over, 0 <= part < parts.
-        parts: number of them; the losses of all parts add up to that of the whole.
+        parts: how many parts there are; their losses add up to that of the whole.
 
     Returns:
-        (), of the embeddings' dtype; 0 with zero gradients where there is no positive pair or no negative.
+        (), of the embeddings' dtype; 0 with zero gradients if there is no positive pair or no negative.
     """
     loss: Tensor = _Contrast.apply(embeddings, labels, present, temperature, contrast, part, parts)
     return loss
@@ -66,7 +66,7 @@ def directions(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         z: (M, C), floating.
-        scale, norm: (M, 1), floating; embeddings = z norm scale. Of a zero vector the scale is infinite.
+        scale, norm: (M, 1), floating; embeddings = z norm scale. The scale of a zero vector is infinite.
     """
     scale = torch.linalg.vector_norm(embeddings, math.inf, 1, keepdim=True)
     scale.masked_fill_(scale == 0, math.inf)
@@ -86,7 +86,7 @@ def first_of_each_label(sort_key: Tensor, labels: Tensor, present: Tensor, most:
 
     Returns:
         index: (N,), int64, with N = 2 min(M, most) whatever the labels.
-        present: (N,), bool; False fills up the places of a label with fewer embeddings.
+        present: (N,), bool; False in the places that a label with fewer embeddings leaves over.
     """
     # Where the labels' device has no float64, sort_key lies on the CPU.
     order = sort_key.argsort(stable=True).to(labels.device)
@@ -100,7 +100,7 @@ def first_of_each_label(sort_key: Tensor, labels: Tensor, present: Tensor, most:
 
 
 class _Contrast(torch.autograd.Function):
-    """The loss, and its gradient with respect to the embeddings: autograd's own steps to them would cost more."""
+    """The loss, and its gradient with respect to the embeddings, which autograd's own steps would make at more cost."""
 
     @staticmethod
     def forward(
@@ -116,12 +116,12 @@ class _Contrast(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         z, scale, norm = directions(embeddings)
         loss: Tensor
-        # An operator costs a call some 60 microseconds on a CPU; only who traces needs it, fake tensors among them.
+        # An operator adds some 60 microseconds to a call on a CPU; only tracing needs it, with fake tensors too.
         traced = torch.compiler.is_compiling() or type(z) is not Tensor
         compute = _operator if traced else _loss_and_gradient
         loss, gradient = compute(z, labels, present, temperature, contrast, wanted, part, parts)
         if wanted:
-            # What is left of the gradient across z; a zero vector's, by its infinite scale, is 0.
+            # The part of the gradient that is orthogonal to z; that of a zero vector is 0, since its scale is infinite.
             gradient = torch.addcmul(gradient, z, (z * gradient).sum(1, keepdim=True), value=-1) / norm / scale
             ctx.save_for_backward(embeddings, gradient)
         return loss
@@ -187,7 +187,7 @@ def has_triton(device: torch.device) -> bool:
 
 @functools.cache
 def _filled_on_cuda(device: torch.device) -> Callable[..., None]:
-    """One kernel for all that is done to a tile, where Triton compiles and launches; a warning where it does not."""
+    """One kernel that does all the work on a tile; if Triton does not work, filled_by_mask, with a warning."""
     flags = torch.ones(2, dtype=torch.bool, device=device)
     try:
         from contrastive_exudate_loss.contrast_triton import filled_by_triton
@@ -195,7 +195,7 @@ def _filled_on_cuda(device: torch.device) -> Callable[..., None]:
         filled_by_triton(torch.zeros(2, 2, device=device), torch.zeros(2, device=device), flags, ~flags, 0, "nt_xent")
     except torch.OutOfMemoryError:  # says nothing about Triton
         raise
-    except Exception as error:  # of many kinds: no Triton, no C compiler, an old GPU, a driver of another version
+    except Exception as error:  # for many reasons: no Triton, no C compiler, an old GPU, another driver version
         warnings.warn(
             f"Triton does not work on {device}, so the contrastive terms fall back to slower code: "
             f"{type(error).__name__}: {error}",

@@ -1,4 +1,4 @@
-"""Contrast on the CPU: every pair once, those of equal and of different labels in tiles apart."""
+"""Contrast on the CPU: every pair once, pairs of equal and of different labels in separate tiles."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Similarities in a tile: few enough for a CPU's cache, enough for its threads to be worth waking.
+# Similarities in a tile: few enough for a CPU's cache, enough to be worth waking its threads.
 TILE = 524_288
 
 
@@ -65,7 +65,7 @@ def loss_by_pairs(
 
 
 def _pairs(vectors: Tensor, temperature: float, buffer: Tensor, fill: float) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and similarities of tiles that hold each pair of different vectors once; the rest is filled."""
+    """Rows, columns and similarities of tiles that hold each pair of different vectors once; other places hold fill."""
     start, total = 0, len(vectors)
     columns = vectors / temperature  # dividing the products would be another pass over every tile
     while start < total - 1:
@@ -88,7 +88,7 @@ def _negatives(vectors: Sequence[Tensor], temperature: float, buffer: Tensor) ->
 
 
 def _logsumexps(vectors: Sequence[Tensor], temperature: float, buffer: Tensor, *, with_positives: bool) -> list[Tensor]:
-    """Of each vector, over its similarities with those of the other label and, if asked, of its own."""
+    """For each vector, over its similarities with those of the other label and, if asked, of its own."""
     lse = [vector.new_full((len(vector),), -math.inf) for vector in vectors]
     for row, tile in _negatives(vectors, temperature, buffer):
         lse[0][row] = tile.logsumexp(1)

@@ -1,4 +1,4 @@
-"""Contrast row by row: with masks, whose shapes depend on shapes alone, and for a few embeddings by their labels."""
+"""Contrast row by row: with masks, so that no shape depends on data, and for few embeddings on the CPU at once."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def loss_by_rows(
         contrast: "nt_xent" or "sup_con".
         with_gradient: whether to form the gradient; else it is (0,).
         anchors: the rows of z to sum over.
-        fill: filled_by_mask, or what does the same.
+        fill: filled_by_mask, or a function that does the same.
     """
     total = len(z)
     n = torch.stack([label_1, label_0]).sum(1, dtype=z.dtype)
@@ -82,8 +82,8 @@ def filled_by_mask(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, 
     Args:
         s: (rows, M), floating, contiguous: similarities of the anchors from start on with all embeddings, divided by
             the temperature. Becomes the derivative of the losses' sum with respect to the similarities.
-        losses: (rows,), of the same dtype, to be written: nt_xent's sum over an anchor's pairs, sup_con's mean; 0
-            without a pair or without a negative.
+        losses: (rows,), of the same dtype, to be written: for nt_xent the sum over an anchor's pairs, for sup_con
+            the mean; 0 without a pair or without a negative.
         label_1: (M,), bool: the present embeddings of label 1.
         label_0: (M,), bool: those of label 0.
         start: index of the first anchor.
@@ -95,7 +95,7 @@ def filled_by_mask(s: Tensor, losses: Tensor, label_1: Tensor, label_0: Tensor, 
     index = torch.arange(s.shape[1], device=s.device)
     positive &= (index[row, None] != index) & negative.any(1, keepdim=True)
     pos, neg = s.masked_fill(~positive, math.inf), s.masked_fill(~negative, -math.inf)
-    # What is NaN touches no anchor that has no pair.
+    # A NaN must not reach an anchor that has no pair.
     paired = positive.any(1)
     losses.copy_(torch.where(paired, _ROWS[contrast](pos, neg), 0))
     torch.add(pos, neg, out=s).masked_fill_(~paired[:, None], 0)

@@ -1,8 +1,8 @@
 """The embeddings of all processes, with gradients, and sums over them.
 
-Each process is taken to differentiate its own loss, and the gradients of all to be averaged, as DistributedDataParallel
-does: the losses' gradients are added up here, and averaging them gives that of the one loss.
-Of the default process group; what happens here is never compiled.
+Each process is assumed to differentiate its own loss, and the gradients to be averaged, as DistributedDataParallel
+does: here the losses' gradients are added up, and averaging them then gives that of the one loss.
+All of it uses the default process group; the communication is never compiled.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The rank of this process and the number of all; (0, 1) where torch.distributed is not initialised."""
+    """The rank of this process and the number of processes; (0, 1) if torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -24,29 +24,29 @@ def rank_and_count() -> tuple[int, int]:
 def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tensor, ...]:
     """The rows of all processes, in the order of their ranks.
 
-    Every process must call it, also one without rows.
+    Every process must call it, even one without rows.
 
     Args:
         vectors: (N, C), floating, with any N; the result's gradient reaches those of every process.
-        columns: (N,) each, of values that a float holds exactly; they get no gradient.
-        classes: how often each process calls it for one loss.
+        columns: (N,) each, with values that a float holds exactly; they get no gradient.
+        classes: how many times each process calls this for one loss.
 
     Returns:
         The vectors, (sum of N, C), and each column, (sum of N,), of the dtypes given.
 
     Raises:
-        ValueError: the processes differ in C, in the dtype of vectors or in classes; all of them raise it.
+        ValueError: the processes differ in C, in the dtype of vectors or in classes; every process raises it.
     """
     facts = torch.tensor([len(vectors), vectors.shape[1], vectors.itemsize, classes], device=vectors.device)
     lengths, *rest = _gathered(facts).T.tolist()
-    names = "channels of the features", "bytes of each of their values", "classes of the target"
+    names = "channels of features", "bytes per value of features", "classes of target"
     for name, values in zip(names, rest, strict=True):
         if len(set(values)) > 1:
             raise ValueError(
-                f"features and target must agree between all processes with gather_distributed=True, got {name} by "
+                f"features and target must agree on all processes with gather_distributed=True, got {name} by "
                 f"rank: {', '.join(map(str, values))}"
             )
-    # cat promotes: a float64 column makes all float64.
+    # cat promotes: one float64 column makes all of them float64.
     rows = torch.cat([vectors, *(column.detach()[:, None].to(vectors.device) for column in columns)], 1)
     rows = F.pad(rows, (0, 0, 0, max(1, *lengths) - len(rows)))
     gathered: Tensor = _Gathered.apply(rows)

@@ -53,7 +53,7 @@ def edge_regions(
         outer_radius: likewise.
         footprint: "square" or "cross".
         isolate_patches: whether a patch sees nothing beyond its border.
-        density_threshold: lesion fraction above which a patch is dense; None takes all as sparse.
+        density_threshold: lesion fraction above which a patch is dense; with None all are sparse.
         ignore_index: value of pixels that count for nothing.
     """
     options = list(inner_radius), list(outer_radius), footprint, isolate_patches, density_threshold, ignore_index
@@ -67,7 +67,10 @@ def side_by_side(masks: Sequence[Tensor]) -> Tensor:
 
 
 def lesion_and_valid(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """(B, K, H, W), bool. Where the values go unchecked, a 0/255 mask still means what it shows."""
+    """The lesion and the valid pixels, (B, K, H, W), bool.
+
+    In an unchecked target, any value but 0 and ignore_index is lesion.
+    """
     lesion = target.bool()
     if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
         return lesion, torch.ones_like(lesion)
@@ -117,12 +120,12 @@ def _fraction(lesion: Tensor, valid: Tensor, sides: Sequence[int]) -> Tensor:
 
 
 def _joined(masks: Sequence[Tensor]) -> Tensor:
-    # Flattened, the masks have one memory format only, so that the compiler does not guess another.
+    # Flattened, the masks have only one possible memory format, so the compiler cannot guess another.
     joined: Tensor = torch.cat([mask.flatten(2) for mask in masks], 1).unflatten(2, masks[0].shape[2:])
     return joined
 
 
-# Compiled code on the CPU calls these as they are: made into C++, masks take a hundred times as long to store.
+# Compiled code on the CPU calls these as operators: compiled to C++, masks take a hundred times as long to store.
 _SCHEMAS: dict[Callable[..., Any], str] = {
     _density_masks: "(Tensor target, int[] sides, int? ignore_index) -> (Tensor, Tensor)",
     _edge_masks: "(Tensor target, int[] sides, int[] inner_radius, int[] outer_radius, str footprint, "
@@ -143,5 +146,5 @@ _OPERATORS = {masks: _operator(masks, schema) for masks, schema in _SCHEMAS.item
 
 
 def _chosen(masks: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """The function itself, or in compiled code on the CPU its operator."""
+    """The function itself; in compiled code on the CPU, its operator."""
     return _OPERATORS[masks] if tensor.is_cpu and torch.compiler.is_compiling() else masks

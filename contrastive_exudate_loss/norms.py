@@ -1,23 +1,23 @@
-"""Identities whose backward pass writes down the norm of the gradient that comes through."""
+"""Identities whose backward pass records the norm of the gradient that passes through."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COUNT = 0  # place in every record of the number of backward passes
+COUNT = 0  # where every record has the number of backward passes
 
 
 class Recorded(torch.autograd.Function):
     """The tensor itself; the backward pass writes the norm of its gradient into a record.
 
-    Recorded.apply(tensor, record, place, counts, divisor, passes), with
+    Call Recorded.apply(tensor, record, place, counts, divisor, passes), with
 
         record: (N,), float32, on the tensor's device.
         place: where to write the norm.
         counts: whether to add 1 to record[COUNT].
         divisor: (), float32: the norm is divided by it; None for 1.
-        passes: (), bool: where False the gradient is written down, but goes no further; None for True.
+        passes: (), bool: if False, the gradient is recorded but goes no further; None for True.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class Recorded(torch.autograd.Function):
         divisor: Tensor | None,
         passes: Tensor | None,
     ) -> Tensor:
-        # Not by save_for_backward, which would refuse the record once another backward pass has written into it.
+        # Not with save_for_backward, which would refuse the record once another backward pass has written into it.
         ctx.record, ctx.options = record, (place, counts)
         ctx.save_for_backward(divisor, passes)
         return tensor.view_as(tensor)
@@ -46,7 +46,7 @@ class Recorded(torch.autograd.Function):
 
 
 def write_norm(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: int, counts: bool) -> None:
-    """Write a gradient's norm into a record; arguments as those of Recorded."""
+    """Write a gradient's norm into a record; arguments as for Recorded."""
     with torch.no_grad():
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         record[place] = norm if divisor is None else norm / divisor
@@ -54,7 +54,7 @@ def write_norm(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: 
             record[COUNT] += 1
 
 
-# The compiler would leave out what a function writes on the side, or do it at another time.
+# The compiler would drop what a function writes as a side effect, or do it at another time.
 _write_norm = torch.library.custom_op(
     "contrastive_exudate_loss::write_norm",
     mutates_args=("record",),

@@ -12,7 +12,7 @@ from contrastive_exudate_loss.slots import blocks_of, filled_up, layout_of, resa
 
 # A mask that covers at most this fraction of the features' cells is summed pixel by pixel on the CPU.
 SCATTERED = 0.125
-# Features to sum at a time where they are copied on the way, and where they are not: little memory, yet enough for a
+# Features to sum at a time if they are copied on the way, and if they are not: little memory, but enough work for a
 # CPU's threads.
 COPIED, READ = 1_048_576, 8_388_608
 
@@ -23,7 +23,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
     Pixel (i, j) of the (H, W) masks has the feature vector at (floor(i h / H), floor(j w / W)).
     The upsampled features are never formed: the masks are pooled down to counts per feature cell instead, and the
     cells are summed, weighted by their counts.
-    It is linear in the features, so its backward needs only the counts.
+    The sums are linear in the features, so the backward pass needs only the counts.
 
     Args:
         features: (B, C, h, w), floating.
@@ -34,7 +34,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
         sums: (B, T, gh, gw, C), float64 for float64 features, else float32.
         counts: (B, T, gh, gw), of the same dtype, without a gradient.
     """
-    # Choosing by the number of pixels means looking at them: only on the CPU does that wait for nothing.
+    # Choosing by the number of pixels means looking at them, which only on the CPU waits for nothing.
     if features.is_cpu:
         sums, counts = _SumsByContent.apply(features, masks, sides)
     elif torch.compiler.is_compiling():
@@ -47,7 +47,7 @@ def masked_sums(features: Tensor, masks: Tensor, sides: tuple[int, int]) -> tupl
 def _sums_by_shape(
     features: Tensor, masks: Tensor, sides: Sequence[int], pool: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """All masks in one way, whose shapes depend on shapes alone."""
+    """All masks in the same way, so that no shape depends on data."""
     features = features.to(_dtype(features))
     layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
     weights = slot_weights(masks, layout, features.dtype)
@@ -65,7 +65,7 @@ def _product(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _fused(features: Tensor, weights: Tensor, slots: Sequence[int]) -> Tensor:
-    """Products that a compiler fuses with their sums: one reading of the features, and nothing of their size stored."""
+    """Products that a compiler fuses with their sums: features are read once, and nothing of their size is stored."""
     blocks = blocks_of(features, slots)
     sums = [(blocks * blocks_of(weight, slots)).sum((3, 5)) for weight in weights.split(1, 1)]
     return torch.stack(sums, 1).movedim(2, -1)
@@ -88,7 +88,7 @@ class _SumsByContent(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Gradient of the features from that of the sums; it refuses a derivative of its own, which nobody needs."""
+    """Gradient of the features, from that of the sums; has no derivative itself, which nobody needs."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *inputs: Any) -> Tensor:
@@ -103,7 +103,7 @@ class _Spread(torch.autograd.Function):
 def _sums_by_content(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Each mask in the cheapest way, which depends on the data.
 
-    The third result are the weights, for the backward.
+    Returns sums, counts and the weights, for the backward pass.
     """
     dtype = _dtype(features)
     layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
@@ -131,7 +131,7 @@ def _sums_by_content(features: Tensor, masks: Tensor, sides: Sequence[int]) -> t
 
 
 def _sums_sizes(features: Tensor, masks: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the compiler may know of _sums_by_content."""
+    """The sizes of what _sums_by_content returns, for the compiler."""
     layout = layout_of(masks.shape[2:], features.shape[2:], sides, features.device)
     weights = slot_weights(masks, layout, _dtype(features))
     counts = _counts(weights, [axis.slots for axis in layout], _dtype(features))
@@ -187,7 +187,7 @@ def _gradient_sizes(
     return gradient.new_empty((len(gradient), gradient.shape[-1], *size), dtype=dtype)
 
 
-# One operator each in compiled code, which is slow at masks; a call of one costs eager code some 60 microseconds.
+# Operators for compiled code, which is slow at masks; calling one costs eager code some 60 microseconds.
 _OPERATORS = {
     _sums_by_content: torch.library.custom_op(
         "contrastive_exudate_loss::masked_sums",
@@ -207,7 +207,7 @@ _OPERATORS[_features_gradient].register_fake(_gradient_sizes)
 
 
 def _chosen(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """The function itself, or its operator for who traces, fake tensors among them."""
+    """The function itself; in compiled code and for fake tensors, its operator."""
     traced = torch.compiler.is_compiling() or type(tensor) is not Tensor
     return _OPERATORS[function] if traced else function
 
@@ -215,9 +215,9 @@ def _chosen(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
 class _Content(NamedTuple):
     """Masks by what they hold.
 
-    scattered: of few pixels, to be summed pixel by pixel.
-    constant: of one weight everywhere, to be added up whole.
-    other: to be multiplied with the features.
+    scattered: masks of few pixels, to be summed pixel by pixel.
+    constant: masks with one weight everywhere, whose patches are summed whole.
+    other: masks to multiply with the features.
     """
 
     scattered: list[int]
@@ -239,7 +239,7 @@ def _by_content(weights: Tensor, size: Sequence[int]) -> _Content:
 
 
 def _pixels(weights: Tensor, channels: int) -> Iterator[tuple[Tensor, ...]]:
-    """Indices of what is not 0 in (B, rows, columns) weights, some at a time."""
+    """Indices of the non-zero elements of (B, rows, columns) weights, some at a time."""
     if weights.dtype != torch.bool or weights.shape[2] % 8 or weights.stride(2) != 1:
         indices = weights.nonzero(as_tuple=True)
     else:

@@ -1,9 +1,9 @@
-"""Weights that a criterion sets itself: how hard a term pulls at the features, beside the supervised loss.
+"""Weights that a criterion sets itself, from how hard a term pulls at the features beside the supervised loss.
 
     weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
 
-The backward pass writes down the norms, and the next training call takes them into the means: so a weight depends on
-the steps before it alone, and nothing is differentiated twice.
+The backward pass records the norms, and the next training call takes them into the means. So a weight depends only on
+earlier steps, and nothing is differentiated twice.
 """
 
 import dataclasses
@@ -21,19 +21,20 @@ OUTLIER = 10.0  # times the mean: what a larger norm counts as, or one step coul
 PROBE = 2.0**-10  # what a term's gradient is carried with while its weight is 0: measured, but not passed on
 HALF_SCALE = 2.0**13  # of gradients in float16
 
-# Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; of the
-# supervised loss, density and edge the sums of norms and of their shares; the weights of density and edge last used.
+# Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; for the
+# supervised loss, density and edge, the sums of discounted norms and of the discounts; the weights of density and edge
+# last used.
 STEP, SEEN_TERMS, SEEN_LAYER, SEEN_HAND, SUMS, SHARES, USED = 0, 1, 2, 3, slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
 SCALE, TERMS = 1, (2, 3)
-# In the norms of the supervised loss, (2,) each: COUNT, and the norm; that at the layer is scaled like the total's
-# gradient, that by hand is not.
+# In the norms of the supervised loss, (2,) each: COUNT and the norm. The norm at the layer is scaled like the total's
+# gradient, the norm by hand is not.
 NORM = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Pull:
-    """A weight that CombinedExudateLoss sets itself: the term pulls so many times as hard as the supervised loss.
+    """A weight that CombinedExudateLoss sets itself: the term pulls `times` times as hard as the supervised loss.
 
         weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
 
@@ -42,7 +43,8 @@ class Pull:
     first step the weight is 0. Other losses on the same logits count as supervised.
 
     Args:
-        times: of the supervised loss's gradient norm at the features, finite and >= 0.
+        times: how hard the term pulls, in multiples of the supervised loss's gradient norm at the features; finite,
+            >= 0.
         warm_up: training calls over which the weight rises, >= 0.
 
     Raises:
@@ -64,7 +66,7 @@ class Pull:
 
 
 def new_state() -> dict[str, Tensor]:
-    """Of a criterion that has measured nothing: means, and the norms of the last backward pass."""
+    """The state of a criterion that has measured nothing: means, and the norms of the last backward pass."""
     return {"means": torch.zeros(12), "terms": torch.zeros(4), "layer": torch.zeros(2), "hand": torch.zeros(2)}
 
 
@@ -81,7 +83,7 @@ def advanced_weights(
     averaged: Callable[[Tensor], Tensor] | None,
     by_kernel: bool,
 ) -> Tensor:
-    """The weights of density and edge in this training call, once the last backward pass is in the means.
+    """The weights of density and edge in this training call, after taking the last backward pass into the means.
 
     Args:
         state: is changed in place.
@@ -108,11 +110,11 @@ def advanced_weights(
 
 
 def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor]) -> bool:
-    """Write down the norm of the supervised loss's gradient at the features, by differentiating.
+    """Record the norm of the supervised loss's gradient at the features, by differentiating.
 
-    For features that no tap handed over. Returns whether the supervised loss depends on the features.
+    For features that do not come from a tap. Returns whether the supervised loss depends on them.
     """
-    # Scaled, or the gradients of a mean over pixels vanish in half precision.
+    # Scaled, since the gradients of a mean over pixels would vanish in half precision.
     scale = HALF_SCALE if features.dtype == torch.float16 else 1.0
     made = graph.within_wrapper(features)
     (gradient,) = torch.autograd.grad(
@@ -130,9 +132,9 @@ def last_weights(state: dict[str, Tensor]) -> Tensor:
 
 
 def measured_features(features: Tensor, state: dict[str, Tensor], term: int, weights: Tensor) -> Tensor:
-    """The features for a term (0: density, 1: edge), whose gradient is measured and reaches them by its weight."""
+    """The features for a term (0: density, 1: edge), whose gradient is measured, and weighted on its way to them."""
     weight = weights[term]
-    # A CPU may look, which spares the backward pass a copy; elsewhere that would wait.
+    # The CPU may look at the weight, which saves the backward pass a copy; other devices would have to wait.
     looks = features.is_cpu and not torch.compiler.is_compiling()
     passes = None if looks and bool(weight > 0) else weight > 0
     measured: Tensor = Recorded.apply(features, state["terms"], TERMS[term], False, _carried(weight), passes)
@@ -140,7 +142,7 @@ def measured_features(features: Tensor, state: dict[str, Tensor], term: int, wei
 
 
 def total(supervised: Tensor, density: Tensor, edge: Tensor, weights: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Supervised + weights[0] density + weights[1] edge, whose backward pass writes down its scale."""
+    """Supervised + weights[0] density + weights[1] edge; the backward pass records the gradient of this total."""
     weighted: Tensor = _Total.apply(supervised, density, edge, weights, state["terms"])
     return weighted
 
@@ -194,7 +196,7 @@ def _advanced(
     times: Sequence[float],
     warm_up: Sequence[int],
     is_number: Sequence[bool],
-    averaged: Callable[[Tensor], Tensor] | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
         at_layer, by_hand = layer[COUNT] != means[SEEN_LAYER], hand[COUNT] != means[SEEN_HAND]
@@ -203,8 +205,8 @@ def _advanced(
         counted = torch.stack([at_layer | by_hand, *(norms[1:] > 0)])
         counted &= (terms[COUNT] != means[SEEN_TERMS]) & norms.isfinite().all()
         norms = norms.where(counted, 0)
-        if averaged is not None:
-            norms, number = averaged(torch.stack([norms, counted.float()])).unbind()
+        if summed is not None:
+            norms, number = summed(torch.stack([norms, counted.float()])).unbind()
             norms, counted = norms / number.clamp(min=1), number > 0
         largest = OUTLIER * means[SUMS] / means[SHARES]  # NaN before the first
         norms = torch.where((norms > largest) & (largest > 0), largest, norms)
@@ -212,7 +214,7 @@ def _advanced(
         means[SHARES] = torch.where(counted, MEMORY * means[SHARES] + (1 - MEMORY), means[SHARES])
         means[SEEN_TERMS], means[SEEN_LAYER], means[SEEN_HAND] = terms[COUNT], layer[COUNT], hand[COUNT]
         means[STEP] += 1
-        # Without a mean of both there is 0 / 0 or a division by 0.
+        # If either mean is missing, this is 0 / 0 or a division by 0.
         mean = means[SUMS] / means[SHARES]
         quotients = (mean[0] / mean[1:]).nan_to_num(0, 0, 0)
         for n in (0, 1):

@@ -1,4 +1,4 @@
-"""How the patches of the target lie over the cells of the features: by slots, the parts of cells in one patch."""
+"""How patches of the target lie over cells of the features, by slots: a slot is the part of a cell in one patch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Axis(NamedTuple):
-    """How an axis of the target lies over that of the features; a slot is what of a cell lies in one patch.
+    """How an axis of the target lies over that of the features; a slot is the part of a cell that lies in one patch.
 
-    slots: in a patch.
-    missing: pixels to add, so that all patches are whole.
-    stride: pixels in a slot, where each slot is a cell.
-    cell: (slots of all patches,), the cell of each, where a cell may lie in several patches; else None.
-    slot: (pixels,), the slot of each, there; else None.
+    slots: number in a patch.
+    missing: pixels to add so that all patches are whole.
+    stride: pixels in a slot, if each slot is a whole cell.
+    cell: (slots of all patches,), the cell of each slot, if a cell may lie in several patches; else None.
+    slot: (pixels,), the slot of each pixel, in the same case; else None.
     """
 
     slots: int

@@ -307,13 +307,13 @@ def disagreeing(rank, count, features, classes):
 @pytest.mark.parametrize(
     ("features", "classes", "said"),
     [
-        ([(3, torch.float32), (4, torch.float32)], (1, 1), "channels of the features by rank: 3, 4"),
-        ([(3, torch.float32), (3, torch.float64)], (1, 1), "bytes of each of their values by rank: 4, 8"),
-        ([(3, torch.float32), (3, torch.float16)], (1, 2), "classes of the target by rank: 1, 2"),
+        ([(3, torch.float32), (4, torch.float32)], (1, 1), "channels of features by rank: 3, 4"),
+        ([(3, torch.float32), (3, torch.float64)], (1, 1), "bytes per value of features by rank: 4, 8"),
+        ([(3, torch.float32), (3, torch.float16)], (1, 2), "classes of target by rank: 1, 2"),
     ],
 )
 def test_what_ranks_disagree_on_is_said_on_all(features, classes, said, tmp_path):
-    wanted = f"features and target must agree between all processes with gather_distributed=True, got {said}"
+    wanted = f"features and target must agree on all processes with gather_distributed=True, got {said}"
     assert on_ranks(2, tmp_path, disagreeing, features, classes) == [wanted, wanted]
 
 

@@ -21,7 +21,7 @@ def paired_files(images: Path, masks: Path) -> list[Files]:
     for mask in others:
         owners = [photograph for photograph in photographs if _belongs(mask.name, photograph.stem)]
         if not owners:
-            raise DataError(f"'{mask}' must begin with the name of a photograph in '{images}', but none fits")
+            raise DataError(f"'{mask}' must begin with the name of a photograph in '{images}', but none matches")
         found[max(owners, key=lambda owner: len(owner.stem))].append(mask)
     for photograph, own in found.items():
         if len(own) > 1:
@@ -36,7 +36,7 @@ def _belongs(name: str, stem: str) -> bool:
 
 def _pictures(option: str, folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{option} must be a folder of pictures, but '{folder}' is no folder")
+        raise DataError(f"{option} must be a folder of pictures, but '{folder}' is not a folder")
     pictures = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )

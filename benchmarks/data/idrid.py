@@ -53,7 +53,7 @@ def split_files(root: Path, split: str, lesion: str) -> list[Files]:
     """
     image_folder, mask_folder = Path(IMAGES, SPLITS[split]), Path(MASKS, SPLITS[split], MASKED[lesion])
     if not root.is_dir():
-        raise DataError(f"--data must be the folder that holds '{IMAGES}' and '{MASKS}', but '{root}' is no folder")
+        raise DataError(f"--data must be the folder that holds '{IMAGES}' and '{MASKS}', but '{root}' is not a folder")
     for folder in (image_folder, mask_folder):
         if not (root / folder).is_dir():
             raise DataError(f"--data must be a folder that holds '{folder}', as IDRiD's does, but '{root}' does not")
@@ -108,7 +108,7 @@ def read_lesion(files: Files, size: tuple[int, int]) -> Array:
     lesion = np.zeros((height, width), bool) if files.mask is None else read_mask(files.mask)
     if lesion.shape != (height, width):
         raise DataError(
-            f"'{files.mask}' must be of its photograph's size, {width} x {height} pixels, but it is "
+            f"'{files.mask}' must have its photograph's size, {width} x {height} pixels, but it is "
             f"{lesion.shape[1]} x {lesion.shape[0]}"
         )
     return lesion

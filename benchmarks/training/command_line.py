@@ -39,7 +39,7 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
     if options.eval_only is not None:
         for name in ("data", "lesion", "steps", "batch", "crop", "norm", "seed", "alpha", "beta", "save"):
             if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name} is of training, and --eval-only trains nothing")
+                parser.error(f"--{name} is for training, but --eval-only trains nothing")
         options.size = options.size or SIZE
         return options
     if options.batch % process_count():
@@ -49,7 +49,7 @@ def parsed(arguments: Sequence[str] | None, help_text: str) -> argparse.Namespac
         return options
     for name in ("lesion", "size"):
         if getattr(options, name) is not None:
-            parser.error(f"--{name} is of real photographs only; give their folder with --data")
+            parser.error(f"--{name} is for real photographs only; give their folder with --data")
     return options
 
 
@@ -69,7 +69,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=whole_number(1), default=600, help="training steps (default: %(default)s)")
     training.add_argument(
-        "--batch", type=whole_number(1), default=8, help="crops in a step, of all processes (default: %(default)s)"
+        "--batch", type=whole_number(1), default=8, help="crops per step, over all processes (default: %(default)s)"
     )
     training.add_argument(
         "--crop",
@@ -79,10 +79,13 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"side of a crop, a multiple of {UNET_STRIDE} (default: %(default)s)",
     )
     training.add_argument(
-        "--norm", choices=("batch", "group"), default="batch", help="layers of the network (default: %(default)s)"
+        "--norm",
+        choices=("batch", "group"),
+        default="batch",
+        help="normalisation layers of the network (default: %(default)s)",
     )
     training.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of weights, crops and drawings (default: %(default)s)"
+        "--seed", type=whole_number(0), default=0, help="seed of weights, crops and drawings (default: %(default)s)"
     )
     training.add_argument(
         "--device",
@@ -119,7 +122,7 @@ def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "--masks",
         type=Path,
         metavar="DIR",
-        help="lesion masks of the photographs' names, such as C01_EX.png for C01.jpg",
+        help="lesion masks, named like the photographs, such as C01_EX.png for C01.jpg",
     )
 
 

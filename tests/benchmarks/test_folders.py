@@ -52,5 +52,5 @@ def test_what_does_not_fit_is_said(images, masks, message, write):
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(DataError, match=r"--images must be a folder of pictures, but '.*absent' is no folder"):
+    with pytest.raises(DataError, match=r"--images must be a folder of pictures, but '.*absent' is not a folder"):
         paired_files(tmp_path / "absent", tmp_path)

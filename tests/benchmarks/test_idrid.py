@@ -101,7 +101,7 @@ def test_a_mask_of_another_size_is_refused_by_name_and_sizes(tmp_path):
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path):
-    with pytest.raises(idrid.DataError, match="nowhere' is no folder"):
+    with pytest.raises(idrid.DataError, match="nowhere' is not a folder"):
         idrid.split_files(tmp_path / "nowhere", "train", "EX")
 
 

@@ -150,7 +150,7 @@ def test_a_question_for_cuda_is_refused_in_one_sentence_where_there_is_none(fold
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         run(folder, "--question", "a")
-    assert "question a is answered on CUDA" in capsys.readouterr().err
+    assert "question a needs CUDA" in capsys.readouterr().err
 
 
 def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):

@@ -196,14 +196,14 @@ def test_a_data_error_is_one_sentence_and_exit_code_2(tmp_path, capsys):
         (["--output", "picture.jpg"], "--output: must end in .png, got 'picture.jpg'"),
         (["--output", "absent/picture.png"], "--output: must be a file in a folder that can be written to"),
         (["--json", "."], "--json: must be a file in a folder that can be written to, got '.'"),
-        (["--lesion", "EX"], "--lesion is of real photographs only; give their folder with --data"),
-        (["--size", "64"], "--size is of real photographs only; give their folder with --data"),
+        (["--lesion", "EX"], "--lesion is for real photographs only; give their folder with --data"),
+        (["--size", "64"], "--size is for real photographs only; give their folder with --data"),
         (["--images", ".", "--masks", "."], "--eval-only, --images and --masks belong together"),
         (["--eval-only", "x", "--masks", "."], "--eval-only, --images and --masks belong together"),
         *(
             (
                 ["--eval-only", "x", "--masks", ".", "--images", ".", f"--{name}", value],
-                f"--{name} is of training, and --eval-only trains nothing",
+                f"--{name} is for training, but --eval-only trains nothing",
             )
             for name, value in (("data", "."), ("lesion", "EX"), ("steps", "9"), ("beta", "0"), ("save", "networks.pt"))
         ),

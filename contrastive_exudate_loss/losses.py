@@ -699,6 +699,8 @@ class CombinedExudateLoss(MaskLoss):
         given = self.supervised is not None or self.classes is not None
         if given or not terms or isinstance(alpha, Pull) or isinstance(beta, Pull):
             return None
+        if not fused.switched_on(features):  # before a weight is read, which compiled code cannot
+            return None
         weights = float(alpha), float(beta)
         found = losses_with_cross_entropy(terms, features, logits, target, self.ignore_index, weights)
         if found is None:

@@ -10,7 +10,7 @@ from contrastive_exudate_loss.pairs_triton import add_up, gather, logsumexp, neg
 from contrastive_exudate_loss.pooling_triton import pool, spread
 from contrastive_exudate_loss.supervised_triton import spread_over_logits
 
-# Sizes of tiles and numbers of warps that spill no registers on an H100, as `benchmarks/kernels.py --registers` reads.
+# Sizes of tiles and numbers of warps that spill no registers on an H100, as `benchmarks/kernels.py` reads.
 PIXELS, CHANNELS, CELLS = 128, 32, 64  # of a patch, of features, of features to write at a time
 ROWS, GATHERED, SCANNED = 32, 64, 1024  # embeddings in a tile, to compact, labels to count at a time
 LOGITS = 1024
@@ -30,7 +30,7 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102 - the class says it
         ctx: Any, features: Tensor, logits: Tensor | None, target: Tensor, work: Work, alpha: float, beta: float
     ) -> tuple[Tensor, ...]:
         batch, classes, height, width = target.shape
@@ -97,7 +97,7 @@ class Fused(torch.autograd.Function):
         return tuple(output for output in outputs if output is not None)
 
     @staticmethod
-    def backward(ctx: Any, *by_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *by_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102 - likewise
         return *_Gradients.apply(ctx.needs_input_grad, ctx.options, *ctx.saved_tensors, *by_outputs), *[None] * 4
 
 

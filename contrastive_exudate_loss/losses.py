@@ -348,7 +348,7 @@ class CombinedExudateLoss(MaskLoss):
         self.classes = _checks.plain_option(classes)
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
         self.edge = PatchEdgeContrastLoss(ignore_index=ignore_index) if edge is None else edge
-        self.tap: FeatureTap | None = features  # type: ignore[assignment] # __setattr__ taps a model
+        self.tap: FeatureTap | None = features  # type: ignore[assignment]  # __setattr__ taps a model
         self._check_changed_options()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -475,7 +475,7 @@ class CombinedExudateLoss(MaskLoss):
     ) -> "CombinedExudateLoss":
         """The criterion with the edge term alone, at a fiftieth of the paper's weight: supervised + 0.002 edge.
 
-        Deprecated: CombinedExudateLoss() sets the weight itself, for any network and supervised loss.
+        Deprecated: CombinedExudateLoss() sets the weight itself.
 
         Args:
             supervised: as in the constructor.
@@ -697,9 +697,8 @@ class CombinedExudateLoss(MaskLoss):
         """All of it, where one call of the kernels does that: cross-entropy of masks, and weights that are numbers."""
         alpha, beta = self._alpha, self._beta
         given = self.supervised is not None or self.classes is not None
-        if given or not terms or isinstance(alpha, Pull) or isinstance(beta, Pull):
-            return None
-        if not fused.switched_on(features):  # before a weight is read, which compiled code cannot
+        # Asked before a weight is read, which would break a compiled graph.
+        if given or not (terms and fused.switched_on(features)) or isinstance(alpha, Pull) or isinstance(beta, Pull):
             return None
         weights = float(alpha), float(beta)
         found = losses_with_cross_entropy(terms, features, logits, target, self.ignore_index, weights)

@@ -21,7 +21,7 @@ class Recorded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102 - the class says it
         ctx: Any,
         tensor: Tensor,
         record: Tensor,
@@ -36,7 +36,7 @@ class Recorded(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102 - likewise
         divisor, passes = ctx.saved_tensors
         write = _write_norm if torch.compiler.is_compiling() else write_norm
         write(ctx.record, gradient, divisor, *ctx.options)

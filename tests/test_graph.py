@@ -1,7 +1,11 @@
 """Laws of the walks through the autograd graph."""
 
+import types
+
+import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from contrastive_exudate_loss import graph
 
@@ -40,3 +44,72 @@ def test_signatures_tell_names_and_structure_apart():
 
     assert len({signature(way) for way in ways}) == len(ways)
     assert all(signature(way) == signature(way) for way in ways)
+
+
+class _DDPSink(torch.autograd.Function):
+    """Stands in for what DistributedDataParallel puts behind its model's outputs, whose name its node has."""
+
+    @staticmethod
+    def forward(ctx, wrapper, *outputs):
+        ctx.ddp_weakref = wrapper
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+def wrapped(model=None):
+    """Two outputs of a model, and what the wrapper makes of them."""
+    inner = [torch.rand(2, requires_grad=True) * n for n in (2, 3)]
+    return inner, _DDPSink.apply(lambda: model, *inner)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_wrapper_is_looked_through(n):
+    inner, outer = wrapped()
+    assert graph.within_wrapper(outer[n]) == GradientEdge(inner[n].grad_fn, inner[n].output_nr)
+    assert graph.within_wrapper(inner[n]) is inner[n]
+    leaf = torch.rand(2, requires_grad=True)
+    assert graph.within_wrapper(leaf) is leaf
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_what_a_model_made_is_found_behind_its_wrapper(n):
+    inner, outer = wrapped()
+    main = GradientEdge(inner[n].grad_fn, inner[n].output_nr)
+    logits = outer[n].sigmoid()
+    found = graph.out_of_wrapper(main, graph.nodes_since(main.node, logits.grad_fn))
+    assert found == GradientEdge(outer[n].grad_fn, outer[n].output_nr)
+    unwrapped = inner[n].sigmoid()
+    assert graph.out_of_wrapper(main, graph.nodes_since(main.node, unwrapped.grad_fn)) == main
+
+
+def test_a_static_graph_is_known_by_its_wrapper():
+    for static in (True, False):
+        _, outer = wrapped(types.SimpleNamespace(static_graph=static))
+        assert graph.begins_a_static_graph(outer[0].sum().grad_fn) is static
+    inner, outer = wrapped(None)  # whose wrapper is gone
+    assert not graph.begins_a_static_graph(outer[0].sum().grad_fn)
+    assert not graph.begins_a_static_graph(inner[0].sum().grad_fn)
+
+
+@pytest.mark.parametrize(
+    ("uses", "names"),
+    [
+        (lambda x: x.sigmoid(), ["SigmoidBackward0"]),
+        (lambda x: x.exp().sigmoid(), ["ExpBackward0"]),
+        (lambda x: torch.rand(2, requires_grad=True) * x, ["MulBackward0"]),
+        (lambda x: x.exp() + x.sigmoid(), ["ExpBackward0", "SigmoidBackward0"]),
+    ],
+)
+def test_edges_to_a_tensor_carry_its_gradient(uses, names):
+    given = torch.rand(2, requires_grad=True) * 2
+    made = uses(given)
+    edges = graph.edges_to(given, made.grad_fn)
+    assert [node.name() for node, _ in edges] == names
+    found = []
+    for node, place in edges:
+        node.register_hook(lambda gradients, _, place=place: found.append(gradients[place]))
+    (wanted,) = torch.autograd.grad(made.sum(), given)
+    torch.testing.assert_close(sum(found), wanted)

@@ -42,6 +42,29 @@ def test_probabilities_in_place_of_logits():
     assert not warned(CombinedExudateLoss.paper(), *[(logits * 0, target, features)] * 12)
 
 
+@pytest.mark.parametrize(("lowest", "highest"), [(-0.5, 1.0), (0.0, 1.5)])
+def test_logits_that_leave_the_range_of_probabilities_are_no_such(lowest, highest):
+    logits, target, features = batch()
+    in_range = logits.sigmoid()
+    in_range = (in_range - in_range.amin()) / (in_range.amax() - in_range.amin())  # from 0 to 1, both included
+    assert len(warned(CombinedExudateLoss.paper(), *[(in_range, target, features)] * 12)) == 1
+    other = lowest + (highest - lowest) * in_range
+    assert not warned(CombinedExudateLoss.paper(), *[(other, target, features)] * 12)
+
+
+def test_lesion_everywhere_is_no_background_channel():
+    logits, target, features = batch()
+    assert not warned(CombinedExudateLoss.paper(), (logits, torch.ones_like(target), features))
+
+
+def test_lesions_beside_ignored_pixels_and_nothing_at_all_are_no_ignored_lesions():
+    logits, target, features = batch()
+    both = target.clone()
+    both[:, :, :2] = 255
+    for mask in (both, torch.zeros_like(target)):
+        assert not warned(CombinedExudateLoss(0.02, 0.1, ignore_index=255), *[(logits, mask, features)] * 12)
+
+
 def test_a_mask_of_0_and_255_whose_lesions_are_all_ignored():
     logits, target, features = batch()
     marked, nothing = target * 255, torch.where(target == 1, 255.0, 0.0)

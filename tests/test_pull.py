@@ -267,6 +267,26 @@ def test_steps_without_a_contrast_leave_the_mean_of_the_term():
     assert weights[0] > 0
 
 
+def test_nothing_is_differentiated_where_the_tap_records_even_in_its_first_pass(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "differentiated", lambda *_: calls.append(0) or True)
+    net = Net()
+    weights = trained_weights(CombinedExudateLoss(features=net), net, 3)
+    assert (weights[1:, 1] > 0).all()
+    assert not calls
+
+
+def test_a_supervised_loss_that_begins_without_a_gradient_counts_later():
+    net, factors = Net(), iter([0.0, 1.0, 1.0])
+
+    def supervised(logits, target):
+        return next(factors) * binary_cross_entropy_with_logits(logits, target)
+
+    weights = trained_weights(CombinedExudateLoss(supervised=supervised, features=net), net, 3)
+    assert not weights[:2, 1].any()
+    assert weights[2, 1] > 0
+
+
 @pytest.mark.parametrize("factor", [5.0, 1e6])
 def test_a_norm_counts_as_ten_times_the_mean_at_most(factor):
     class Scaled(PatchEdgeContrastLoss):

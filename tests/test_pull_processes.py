@@ -60,16 +60,16 @@ def trained(rank, count, options, beta, gather, by_hand, sharded=False):
 
         if "static_graph" not in options:  # torch makes the buckets anew after the first step of one
             model.register_comm_hook(None, counted)
-    optimizer, weights = torch.optim.SGD(model.parameters(), 0.1), []
+    optimizer, weights, before = torch.optim.SGD(model.parameters(), 0.1), [], 0
     for step in range(STEPS):
         images, target = batch(rank, step)
         optimizer.zero_grad()
         logits, features = model(images)
         terms = criterion.terms(logits, target, *([features] if by_hand else []))
         assert all(parameter.grad is None for parameter in net.parameters())
-        before = len(sent)
+        assert len(sent) == before
         terms.total.backward()
-        assert before == 0 or step > 0
+        before = len(sent)
         optimizer.step()
         weights.append(terms.beta.reshape(()))
     parameters = [getattr(p, "full_tensor", p.detach)().detach() for p in net.parameters()]

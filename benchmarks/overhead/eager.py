@@ -90,7 +90,7 @@ class _Count(TorchDispatchMode):
     """seen: the launches inside."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no type
         self.seen: list[Launch] = []
         self._parts: dict[int, str] = {}  # of the nodes of the autograd graph
 
@@ -100,11 +100,11 @@ class _Count(TorchDispatchMode):
 
         self._stub = mock.patch.object(JITFunction, "run", run)
         self._stub.start()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch gives it no type
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch gives it no type
         self._stub.stop()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -58,7 +58,11 @@ WHOLE = [
 ]
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
-    "_checks": ["test_checks.py", "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere"],
+    "_checks": [
+        "test_checks.py",
+        "test_labels.py",
+        "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere",
+    ],
     "_misuse": ["test_misuse.py"],
     "_options": ["test_pickles.py", *WHOLE],
     "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],

@@ -291,6 +291,8 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
             "turn a 0/255 mask into target > 127; give ignore_index=255 only if 255 marks pixels to leave out, since "
             "all pixels marked 255 are then ignored, lesions included"
         )
+    if not bool(wrong.isfinite().all()):
+        return "find where it becomes NaN or infinite, and give every pixel a value of the mask"
     whole = bool((wrong == wrong.round()).all())
     if whole and float(wrong[0]) >= 2 and len(wrong) == 1 and ignore_index is None:
         value = int(wrong[0])

@@ -680,6 +680,8 @@ class CombinedExudateLoss(MaskLoss):
                 source = features if source is None else source
                 self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
         if not (measured or waits or self._pull_known):
+            self._pull_known = _checks.may_read(features) and pull.known(state)  # what the tap has measured so far
+        if not (measured or waits or self._pull_known):
             raise ValueError(
                 "a weight that sets itself must be measured at features that the logits are made from, in first "
                 "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "

@@ -126,6 +126,7 @@ TENSORS = [
     ("target", {"masks": MASK}, TypeError, "got dict; give one of its values: output['masks']"),
     ("target", spoiled(-1).long(), ValueError, "target must hold only 0 and 1, got -1"),
     ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
+    ("target", spoiled(math.inf), ValueError, "got inf (dtype torch.float32); find where it becomes NaN or infinite"),
     ("logits", torch.zeros(2, 16, 16), ValueError, "logits must be (B, K, H, W), got (2, 16, 16); add the class axis"),
     ("logits", torch.zeros(3, 1, 16, 16), ValueError, "logits must be (B, K, H, W) = (2, 1, 16, 16) like target, got (3, 1, 16, 16); logits and target must come from the same batch"),
     ("logits", torch.zeros(1, 1, 16, 16), ValueError, "got (1, 1, 16, 16); logits and target must come from the same batch"),

@@ -200,6 +200,16 @@ def test_the_weight_grows_with_the_supervised_loss(scale):
     assert first[0] > 0
 
 
+def test_detached_features_get_the_weight_that_the_tap_has_measured():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net))
+    before = trained_weights(criterion, net, 3)[-1, 1]
+    images, target = batch(3)
+    logits, features = net(images), criterion.tap.take()
+    alone = criterion.terms(logits.detach().requires_grad_(), target, features.detach().requires_grad_())
+    assert alone.beta > 0.5 * before > 0
+
+
 def test_the_weight_falls_as_the_term_grows():
     class Twice(PatchEdgeContrastLoss):
         def forward(self, features, target):

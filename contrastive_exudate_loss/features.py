@@ -1,9 +1,10 @@
 """FeatureTap: the features that a segmentation model turns into logits, kept for the criterion."""
 
 import contextlib
+import dataclasses
 import difflib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,17 +13,37 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from contrastive_exudate_loss import _checks, graph, probe
+from contrastive_exudate_loss import graph
 from contrastive_exudate_loss.norms import Recorded, write_norm
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-# A way from the main logits to the criterion's is probed once, but so often if it takes indices: a random permutation
-# of two images leaves them in place in every second batch.
-_LOOKS_AT_AN_INDEX = 8
 _DATA_PARALLEL = (
     "model must not be nn.DataParallel, since the features of its replicas are lost; use DistributedDataParallel, and "
     "tap the model inside it"
 )
+
+
+@dataclasses.dataclass
+class Pass:
+    """What a tap keeps of its model's last forward pass.
+
+    features: the layer's input as the criterion takes it, until it has.
+    given: the layer's input, for a Pull that measures there.
+    main: where the model's main logits were made.
+    runs: how often the layer ran.
+    is_running, ended: whether the model is, or has finished.
+    taken: whether a criterion has had the features.
+    records: whether the backward pass will record the norm of the gradient at the layer's input.
+    """
+
+    features: Tensor | None = None
+    given: Tensor | None = None
+    main: GradientEdge | None = None
+    runs: int = 0
+    is_running: bool = False
+    ended: bool = False
+    taken: bool = False
+    records: bool = False
 
 
 class FeatureTap:
@@ -59,21 +80,14 @@ class FeatureTap:
         if isinstance(model, nn.DataParallel):
             raise ValueError(_DATA_PARALLEL)
         given = None if layer is None else _named_layer(model, layer)
-        self._features: Tensor | None = None
+        self.last = Pass()
         self._layer_name: str | None = None
         self._closed = False
-        self._taken = False
-        self._running = False
-        self._ran = False  # whether the model's last forward pass finished
-        self._runs = 0
         self.measures = False  # whether to record the norm of the gradient at the layer's input, for a Pull
         self.norm = torch.zeros(2)  # number of backward passes, and the norm in the last
-        self._given: Tensor | None = None  # the layer's input in the last forward pass
-        self._records = False  # whether the layer got a recorded copy of it
-        self._main: GradientEdge | None = None  # where the model's main logits were made
-        self._looks: dict[Any, int] = {}  # how often to probe a way again
-        self._chooses = layer is None
-        self._model = weakref.ref(model)
+        self.looks: dict[Any, int] = {}  # how often to probe a way again
+        self.chooses = layer is None
+        self.model = weakref.ref(model)
         self._seen: dict[Node, graph.Run] = {}
         self._handles = {
             "begin": model.register_forward_pre_hook(_Hook(self, FeatureTap._begin)),
@@ -93,32 +107,33 @@ class FeatureTap:
         """The layer's input in the model's last forward pass, (B, C, h, w), floating."""
         if self._closed:
             raise RuntimeError("this FeatureTap is closed, or a copy, which is untapped; make a new one for this model")
-        if self._features is None and self._taken:
+        features = self.last.features
+        if features is None and self.last.taken:
             raise RuntimeError(
                 "the tapped features have been taken by a criterion already; run the tapped model (its copies are "
                 "untapped) again before the next loss, or call criterion.terms(), which returns every term at once; "
                 "several criteria on one pass need a tap each; for deep supervision give the criterion the list of "
                 "logits, and the wrapper that weighs them as supervised="
             )
-        if self._features is None and self._layer_name is not None and self._ran:
+        if features is None and self._layer_name is not None and self.last.ended:
             raise RuntimeError(
                 f"the tap has no features: its model has run, but layer {self._layer_name!r}, as it was when tapped, "
                 "has not; if it was replaced since (a new head, PEFT's modules_to_save), or the model was compiled "
                 "before it was tapped, make a new FeatureTap(model); if the model skips this layer, name another with "
                 "FeatureTap(model, layer=NAME)"
             )
-        if self._features is None:
+        if features is None:
             raise RuntimeError(
                 "the tap has no features: its model has not run as model(images) since it was tapped, or only without "
                 "gradients, compiled, or in a reentrant checkpoint; run one eager forward pass with gradients first, "
                 "or give FeatureTap(model, layer=...); give a checkpoint use_reentrant=False"
             )
-        if self._runs > 1:
+        if self.last.runs > 1:
             raise RuntimeError(
-                f"layer {self._layer_name!r} ran {self._runs} times in one forward pass, so its input is not one "
+                f"layer {self._layer_name!r} ran {self.last.runs} times in one forward pass, so its input is not one "
                 "tensor; give the features to the criterion yourself"
             )
-        return self._features
+        return features
 
     @property
     def knows_its_layer(self) -> bool:
@@ -133,15 +148,15 @@ class FeatureTap:
 
     def drop(self) -> None:
         """Drop the features, if there are any, when a criterion does not need them."""
-        self._taken = self._taken or self._features is not None
-        self._features = self._main = None
+        self.last.taken = self.last.taken or self.last.features is not None
+        self.last.features = self.last.main = None
         if not self.measures:  # or a criterion is going to ask for it
-            self._given = None
+            self.last.given = None
 
     def close(self) -> None:
         """Remove the hooks and drop the features, which leaves the model as it was."""
         _remove(self._handles, self._watchers)
-        self._features = self._main = self._given = None
+        self.last = Pass()
         self._closed = True
         self._seen.clear()
 
@@ -158,29 +173,27 @@ class FeatureTap:
         return f"FeatureTap(closed, layer: {layer})" if self._closed else f"FeatureTap(layer: {layer})"
 
     def __getstate__(self) -> dict[str, Any]:
-        untapped = dict.fromkeys(("_features", "_main", "_given", "_model"))
-        empty: dict[str, Any] = {name: {} for name in ("_handles", "_watchers", "_seen", "_looks")}
-        return self.__dict__ | untapped | empty | {"_closed": True}
+        empty: dict[str, Any] = {name: {} for name in ("_handles", "_watchers", "_seen", "looks")}
+        return self.__dict__ | empty | {"last": Pass(), "model": None, "_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():
             return
         if getattr(model, "_is_replica", False):
             raise ValueError(_DATA_PARALLEL)
-        self._features = self._main = self._given = None
-        self._taken, self._running, self._ran, self._runs, self._records = False, True, False, 0, False
+        self.last = Pass(is_running=True)
         self._seen.clear()
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if _recomputing():
             return
-        self._running, self._ran = False, True
+        self.last.is_running, self.last.ended = False, True
         if torch.compiler.is_compiling():
             return
         with contextlib.suppress(ValueError):  # the output of a model whose layer was given may be anything
             main = _main_logits(output)
             if main.grad_fn is not None:
-                self._main = GradientEdge(main.grad_fn, main.output_nr)
+                self.last.main = GradientEdge(main.grad_fn, main.output_nr)
         if self._layer_name is None and torch.is_grad_enabled():
             try:
                 self._choose(model, output)
@@ -190,7 +203,7 @@ class FeatureTap:
             self._seen.clear()
 
     def _watch(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self._running or torch.compiler.is_compiling():
+        if not self.last.is_running or torch.compiler.is_compiling():
             return
         given = _first_tensor(args, kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None and given is not None:
@@ -221,8 +234,8 @@ class FeatureTap:
         name, module, made, given, features = found[0]
         _remove(self._watchers)
         self._keep_input_of(name, module)
-        self._features, self._given = features, given
-        self._runs = sum(module is run.layer for run in self._seen.values())
+        self.last.features, self.last.given = features, given
+        self.last.runs = sum(module is run.layer for run in self._seen.values())
         if self.measures and given.grad_fn is not None and self._can_record(given):
             self._record_at(graph.edges_to(given, made))
 
@@ -240,15 +253,16 @@ class FeatureTap:
             raise ValueError(
                 f"layer {self._layer_name!r} must have a 4-D input (B, C, h, w) to be tapped, got {got}; {remedy}"
             )
-        if not self._running:
-            self._main = None  # these features are not of the pass that made it
-        self._features, self._given = _channels_second(layer, given), given
-        self._runs = self._runs + 1 if self._running else 1
+        last = self.last
+        if not last.is_running:
+            last.main = None  # these features are not of the pass that made it
+        last.features, last.given = _channels_second(layer, given), given
+        last.runs = last.runs + 1 if last.is_running else 1
         if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
             return None
         # The layer gets a copy, whose gradient comes from the logits alone; the terms get the input itself.
         recorded = Recorded.apply(given, self.norm, 1, True, None, None)
-        self._records = True
+        last.records = True
         swapped = {id(given): recorded}
         return (
             tuple(swapped.get(id(value), value) for value in args),
@@ -267,152 +281,13 @@ class FeatureTap:
                 write_norm(record, gradient, None, 1, True)
 
         node.register_hook(write)
-        self._records = True
+        self.last.records = True
 
     def _can_record(self, given: Tensor) -> bool:
         """Whether self.norm is on the input's device; compiled code cannot move it there."""
         if self.norm.device != given.device and not torch.compiler.is_compiling():
             self.norm = self.norm.to(given.device)
         return self.norm.device == given.device
-
-
-def layer_input(tap: FeatureTap, features: Tensor | None) -> tuple[Tensor | None, bool]:
-    """The layer's input in the last forward pass, and whether the backward pass will record its gradient's norm.
-
-    Args:
-        tap: to be asked once in each forward pass.
-        features: what was made from the tapped ones; None if they are used as they are.
-
-    Returns:
-        (None, False) if the features are made from something else.
-    """
-    given, tap._given = tap._given, None
-    if given is None or features is None or torch.compiler.is_compiling():
-        return given, tap._records
-    if given.grad_fn is None or features.grad_fn is None:
-        return None, False
-    if given.grad_fn not in graph.nodes_behind(features.grad_fn, lambda node: node is given.grad_fn):
-        return None, False
-    return given, tap._records
-
-
-def taken_features(tap: FeatureTap, logits: Tensor) -> Tensor:
-    """What tap.take() returns, for a criterion on these logits.
-
-    Raises:
-        ValueError: the features require no gradient while the logits do, or the logits do not belong to them, judged
-            by the number of images or by the autograd graph.
-        RuntimeError: the tap has no features.
-    """
-    features = tap.features
-    if not torch.compiler.is_compiling():
-        _check_origin(tap, logits, features)
-    check_gradient(features, logits, tap)
-    tap.drop()  # and what a checkpoint may have recomputed for the probe
-    return features
-
-
-def check_gradient(features: Tensor, logits: Tensor, tap: FeatureTap | None = None) -> None:
-    """Raise unless the features, from a tap or given by hand, require a gradient where the logits do."""
-    if not torch.is_grad_enabled() or not logits.requires_grad or features.requires_grad:
-        return
-    frozen = "if everything before the last layer is frozen, the terms can train nothing: set alpha = beta = 0"
-    if tap is None:
-        raise ValueError(
-            "features must require a gradient, as logits do, or the terms train nothing, got features without one; "
-            f"give them as the model made them, neither detached nor under torch.no_grad(); {frozen}"
-        )
-    raise ValueError(
-        f"features from the tap must require a gradient, as logits do, got features without one from {tap}; if the "
-        "model has run again without gradients, call the criterion before that; a checkpointed layer needs "
-        f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False); {frozen}; if another layer makes the logits, "
-        "give FeatureTap(model, layer=NAME)"
-    )
-
-
-def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
-    """Raise unless the features are those behind the logits, judged by batch sizes and the autograd graph."""
-    made, main = logits.grad_fn, tap._main
-    since = [] if made is None or main is None else graph.nodes_since(main.node, made)
-    origin = graph.out_of_wrapper(main, since) if main is not None and main.node in since else None
-    if made is not None and origin is None:
-        if features.grad_fn is not None and not graph.of_one_pass(made, features.grad_fn):
-            raise ValueError(
-                f"logits must come from the tapped model's last forward pass, like the features of {tap}, got those of "
-                "another pass, model or output; call the criterion before the next pass; give a copy of the model, "
-                "such as an average of its weights, a criterion of its own; tap another output than the first by "
-                "FeatureTap(model, layer=NAME); or give the criterion the features yourself"
-            )
-        if tap._chooses and main is not None and main.node not in graph.nodes_behind(made):
-            raise ValueError(
-                f"logits must be made from the model's main ones, for which the tap chose its layer, got others; give "
-                f"FeatureTap(model, layer=NAME), with the layer that makes these, in place of {tap}"
-            )
-    if made is not None and not tap._chooses and not _lies_behind(tap._given, made):
-        raise ValueError(
-            f"logits must be made from the input of the tapped layer, got others, such as those of another head, with "
-            f"{tap}; give FeatureTap(model, layer=NAME) the layer that makes these; features of a branch "
-            "beside the logits, such as a projection, go to the criterion as its third argument, with a number as the "
-            "term's weight"
-        )
-    if logits.shape[0] != features.shape[0]:
-        remedy = "call the criterion after each pass, on the logits of that pass"
-        if logits.shape[0] < features.shape[0]:
-            remedy = (
-                "if only the first n images have a target, give their features: "
-                "criterion(logits, target, criterion.tap.take()[:n])"
-            )
-        raise ValueError(
-            f"logits must cover all {features.shape[0]} images of the model's last forward pass, like the features of "
-            f"{tap}, got those of {logits.shape[0]}; {remedy}"
-        )
-    if origin is not None and made is not origin.node and _checks.may_read(logits):
-        _check_way(tap, logits, origin, since)
-
-
-def _lies_behind(given: Tensor | None, made: Node) -> bool:
-    """Whether the layer's input is among what the logits are made of, as far as the graph tells."""
-    if given is None or given.grad_fn is None:
-        return True
-    # What a compiled model did inside is one node.
-    return any(node is given.grad_fn or node.name().startswith("Compiled") for node in graph.nodes_behind(made))
-
-
-def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Sequence[Node]) -> None:
-    """Raise unless the logits show each image and pixel where the main ones do; probes only ways that are new."""
-    way = logits.shape, probe.shape_of(main), graph.signature(since)
-    looks = tap._looks.get(way)
-    if looks == 0:
-        return
-    steps = graph.steps_between(main.node, since)
-    if tap._chooses:
-        _check_layers(tap, steps)
-    if not probe.keeps_places(logits, main, steps):
-        raise ValueError(
-            "logits must show each image and pixel where the tapped model's own logits do, apart from resizing, but "
-            "these were cut, padded, flipped, reordered or put together since, and the tapped features were not; call "
-            "the criterion before that, or give it features that were treated alike; if images are padded, pad the "
-            "target too, with ignore_index"
-        )
-    tap._looks[way] = (_LOOKS_AT_AN_INDEX if graph.has_index(steps) else 1) - 1 if looks is None else looks - 1
-
-
-def _check_layers(tap: FeatureTap, steps: Iterable[Node]) -> None:
-    """Raise if a layer with parameters lies between the main logits and those of the criterion."""
-    model = tap._model()
-    for step in steps:
-        for parameter in graph.parameters_of(step):
-            names = () if model is None else model.named_parameters()
-            name = next((name.rpartition(".")[0] for name, other in names if other is parameter), None)
-            if name is None:
-                which, remedy = "a layer outside the tapped model", "tap a model that contains it"
-            else:
-                which, remedy = f"layer {name!r}", f"make the tap FeatureTap(model, layer={name!r})"
-            raise ValueError(
-                f"logits must be the model's main ones, its first output, for which the tap chose its layer, but "
-                f"{which} makes these from that output, as in a model that returns (features, logits); {remedy}, in "
-                f"place of {tap}, or give the criterion the features yourself"
-            )
 
 
 class _Hook:

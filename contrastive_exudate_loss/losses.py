@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from contrastive_exudate_loss import _checks, fused, pull
 from contrastive_exudate_loss._misuse import CONFIRMED, LOOKS, suspicions
-from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss._supervised import binary_cross_entropy, cross_entropy, given_loss, watched
 from contrastive_exudate_loss._terms import (
     Candidates,
@@ -20,17 +19,14 @@ from contrastive_exudate_loss._terms import (
     plain,
     term_losses,
 )
-from contrastive_exudate_loss.distributed import rank_and_count, sum_of_ranks
-from contrastive_exudate_loss.features import FeatureTap, check_gradient, layer_input, taken_features
-from contrastive_exudate_loss.graph import begins_a_static_graph
+from contrastive_exudate_loss._weights import WeightedLoss
+from contrastive_exudate_loss.distributed import rank_and_count
+from contrastive_exudate_loss.features import FeatureTap
 from contrastive_exudate_loss.labels import flat_index, masks_of
 from contrastive_exudate_loss.masks import Regions, density_regions, edge_regions
 from contrastive_exudate_loss.morphology import FOOTPRINTS
+from contrastive_exudate_loss.origin import check_gradient, taken_features
 from contrastive_exudate_loss.pull import Pull
-
-# For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
-# OFTEN training calls, then in every SELDOM-th.
-OFTEN, SELDOM = 100, 20
 
 
 class PatchDensityContrastLoss(PatchContrastLoss):
@@ -264,7 +260,7 @@ class LossTerms(NamedTuple):
     beta: Tensor
 
 
-class CombinedExudateLoss(MaskLoss):
+class CombinedExudateLoss(WeightedLoss):
     """A supervised loss on the logits plus the two contrastive terms on the features behind them.
 
         total = supervised + alpha density + beta edge
@@ -323,8 +319,6 @@ class CombinedExudateLoss(MaskLoss):
     _looks = LOOKS
     _doubts: tuple[str, ...] = CONFIRMED
     _warned: tuple[str, ...] = ()
-    _pull_state: dict[str, Tensor] | None = None  # made by the first Pull
-    _pull_calls, _pull_known, _pull_pending = 0, False, False
     classes: tuple[int, ...] | None = None
 
     def __init__(
@@ -339,11 +333,7 @@ class CombinedExudateLoss(MaskLoss):
         ignore_index: int | None = None,
         features: FeatureTap | nn.Module | None = None,
     ) -> None:
-        super().__init__(ignore_index)
-        for name, weight in (("alpha", alpha), ("beta", beta)):
-            self._weight(name, weight)  # or nn.Module would register a module given by mistake as a part
-        self.alpha = alpha
-        self.beta = beta
+        super().__init__(alpha, beta, ignore_index)
         self.supervised = supervised
         self.classes = _checks.plain_option(classes)
         self.density = PatchDensityContrastLoss(ignore_index=ignore_index) if density is None else density
@@ -354,10 +344,7 @@ class CombinedExudateLoss(MaskLoss):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "supervised" and not isinstance(value, nn.Module):
             self._modules.pop(name, None)  # or nn.Module refuses a function where a module was
-        # nn.Module would register a model as a part of the criterion.
-        super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
-        if name == "tap" and isinstance(self.tap, FeatureTap):
-            self._measure_at_the_tap()
+        super().__setattr__(name, value)
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -501,24 +488,6 @@ class CombinedExudateLoss(MaskLoss):
         )
         return cls(0.0, 0.002, supervised=supervised, classes=classes, ignore_index=ignore_index, features=features)
 
-    @property
-    def alpha(self) -> float | Pull:
-        """Weight of the density term."""
-        return self._alpha if isinstance(self._alpha, Pull) else float(self._alpha)
-
-    @alpha.setter
-    def alpha(self, value: float | Pull) -> None:
-        self._alpha, self._uses_density = self._weight("alpha", value)
-
-    @property
-    def beta(self) -> float | Pull:
-        """Weight of the edge term."""
-        return self._beta if isinstance(self._beta, Pull) else float(self._beta)
-
-    @beta.setter
-    def beta(self, value: float | Pull) -> None:
-        self._beta, self._uses_edge = self._weight("beta", value)
-
     def forward(self, logits: Tensor, target: Tensor, features: Tensor | None = None) -> Tensor:
         """The weighted total; arguments as under Shape."""
         return self.terms(logits, target, features).total
@@ -558,8 +527,9 @@ class CombinedExudateLoss(MaskLoss):
             terms = []
         each = [] if features is None else [features] * len(terms)
         weights = None
-        if features is not None and any(isinstance(weight, Pull) for weight in (self._alpha, self._beta)):
-            weights, each = self._pulled(supervised, plain(features), terms, is_tapped)
+        if features is not None and self._has_pull():
+            over_ranks = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
+            weights, each = self._pulled(supervised, plain(features), is_tapped=is_tapped, over_ranks=over_ranks)
         if ours:
             losses = term_losses(terms, [plain(own) for own in each], mask)
         else:
@@ -588,33 +558,6 @@ class CombinedExudateLoss(MaskLoss):
             return shown
         return f"{shown}, supervised={self.supervised!r}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tap": None, "_pull_pending": True}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
-            if not isinstance(weight, Pull):
-                destination[prefix + name] = weight.clone()
-        if self._pull_state is not None:
-            destination[f"{prefix}pull"] = torch.cat(list(self._pull_state.values()))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """The constructor decides which weights are Pulls; the state, which may be missing, only sets values."""
-        own = dict(state_dict)
-        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
-            number = own.pop(prefix + name, None)
-            if number is not None and not isinstance(weight, Pull):
-                setattr(self, name, float(number))
-        numbers = own.pop(f"{prefix}pull", None)
-        if numbers is not None and self._pull_state is not None:
-            sizes = [len(tensor) for tensor in self._pull_state.values()]
-            for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
-                tensor.copy_(loaded)
-            self._pull_known, self._pull_pending = pull.known(self._pull_state), self.tap is None
-            self._pull_calls = int(numbers[pull.STEP])
-        super()._load_from_state_dict(own, prefix, *arguments)
-
     def _check_changed_options(self) -> None:
         super()._check_changed_options()
         for name, part, kind in (
@@ -624,74 +567,6 @@ class CombinedExudateLoss(MaskLoss):
             _checks.check_part(name, part, kind, self.ignore_index, always=self.classes is not None)
             part._check_changed_options()
         self._measure_at_the_tap()
-
-    def _measure_at_the_tap(self) -> None:
-        """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
-        state, tap = self._pull_state, self.tap
-        if state is not None and tap is not None and state["layer"] is not tap.norm:
-            if self._pull_pending:  # what a state or a copy holds from its last backward pass
-                tap.norm.copy_(state["layer"])
-            tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
-
-    def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
-        """The weight as it is stored, and whether its term is in use."""
-        if isinstance(value, Pull):
-            self._pull_state = self._pull_state or pull.new_state()
-            return value, True
-        if isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
-                "loss as supervised="
-            )
-        _checks.check_number(name, value, 0)
-        # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
-        return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
-
-    def _pulled(
-        self, supervised: Tensor, features: Tensor, terms: Sequence[PatchContrastLoss], is_tapped: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The weights of density and edge, and for each term in use the features whose gradient is measured.
-
-        Raises:
-            ValueError: in a training call, if there is no mean and no way to measure one.
-        """
-        state = cast("dict[str, Tensor]", self._pull_state)
-        if state["means"].device != features.device:
-            state.update((name, tensor.to(features.device)) for name, tensor in state.items())
-        if not (torch.is_grad_enabled() and features.requires_grad):
-            return pull.last_weights(state), [features] * len(terms)
-        source, measured = None, False
-        if self.tap is not None:
-            source, measured = layer_input(self.tap, None if is_tapped else features)
-        weights = (self._alpha, self._beta)
-        gathers = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
-        used = pull.advanced_weights(
-            state,
-            [weight if isinstance(weight, Pull) else None for weight in weights],
-            [0.0 if isinstance(weight, Pull) else float(weight) for weight in weights],
-            sum_of_ranks if gathers else None,
-            fused.switched_on(features),
-        )
-        waits = False
-        if not measured and _checks.may_read(features):
-            self._pull_calls += 1
-            waits = supervised.grad_fn is not None and begins_a_static_graph(supervised.grad_fn)
-            if not waits and (self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0):
-                source = features if source is None else source
-                self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
-        if not (measured or waits or self._pull_known):
-            self._pull_known = _checks.may_read(features) and pull.known(state)  # what the tap has measured so far
-        if not (measured or waits or self._pull_known):
-            raise ValueError(
-                "a weight that sets itself must be measured at features that the logits are made from, in first "
-                "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
-                "give the features behind the logits, or give a number such as beta=0.02"
-            )
-        names = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
-        return used, [
-            pull.measured_features(features, state, n, used) if isinstance(weights[n], Pull) else features
-            for n in names
-        ]
 
     def _all_at_once(
         self, logits: Tensor, target: Tensor, features: Tensor, terms: Sequence[PatchContrastLoss]

@@ -78,8 +78,7 @@ def known(state: dict[str, Tensor]) -> bool:
 
 def advanced_weights(
     state: dict[str, Tensor],
-    pulls: Sequence[Pull | None],
-    numbers: Sequence[float],
+    weights: Sequence[Pull | Tensor],
     averaged: Callable[[Tensor], Tensor] | None,
     by_kernel: bool,
 ) -> Tensor:
@@ -87,21 +86,20 @@ def advanced_weights(
 
     Args:
         state: is changed in place.
-        pulls: of density and edge; None for a number.
-        numbers: their weights where they are no Pull.
+        weights: of density and edge, a Pull or a number.
         averaged: gives the sum over all processes of a tensor; None for one process.
         by_kernel: whether a Triton kernel may do it.
 
     Returns:
         (2,), float32.
     """
-    times = [number if pull is None else pull.times for pull, number in zip(pulls, numbers, strict=True)]
-    warm_up = [0 if pull is None else pull.warm_up for pull in pulls]
-    is_number = [pull is None for pull in pulls]
+    times = [weight.times if isinstance(weight, Pull) else float(weight) for weight in weights]
+    warm_up = [weight.warm_up if isinstance(weight, Pull) else 0 for weight in weights]
+    is_number = [not isinstance(weight, Pull) for weight in weights]
     records = state["means"], state["terms"], state["layer"], state["hand"]
     if torch.compiler.is_compiling():
-        weights: Tensor = _advance(*records, times, warm_up, is_number)
-        return weights
+        advanced: Tensor = _advance(*records, times, warm_up, is_number)
+        return advanced
     if by_kernel and averaged is None:
         from contrastive_exudate_loss.pull_triton import advanced_by_triton
 

@@ -21,7 +21,8 @@ MIDDLE = {"patches", "morphology", "pooling", "contrast", "distributed", "featur
 ALLOWED = {
     "contrast": {"contrast_pairs", "contrast_rows", "contrast_triton"},
     "contrast_triton": {"softplus_triton"},
-    "features": {"graph", "norms", "probe"},
+    "features": {"graph", "norms"},
+    "origin": {"features", "graph", "probe"},
     "pull": {"graph", "norms", "pull_triton"},
     "pooling": {"slots"},
     "masks": {"patches", "morphology"},
@@ -32,7 +33,8 @@ ALLOWED = {
     "fused": {"contrast", "fused_triton"},
     "_terms": {"_options", "fused", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},
-    "losses": {"_misuse", "_options", "_terms", "_supervised", "fused", "graph", "masks"} | MIDDLE,
+    "_weights": {"_options", "distributed", "features", "fused", "graph", "origin", "pull"},
+    "losses": {"_misuse", "_terms", "_supervised", "_weights", "fused", "masks", "origin"} | MIDDLE - {"contrast"},
     "__init__": {"losses", "features", "labels", "pull"},
 }
 

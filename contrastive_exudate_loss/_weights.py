@@ -1,0 +1,163 @@
+"""The base of CombinedExudateLoss: the weights of its two terms, numbers or Pulls, and what is saved of them."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from contrastive_exudate_loss import _checks, fused, pull
+from contrastive_exudate_loss._options import MaskLoss
+from contrastive_exudate_loss.distributed import sum_of_ranks
+from contrastive_exudate_loss.features import FeatureTap
+from contrastive_exudate_loss.graph import begins_a_static_graph
+from contrastive_exudate_loss.origin import layer_input
+from contrastive_exudate_loss.pull import Pull
+
+# For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
+# OFTEN training calls, then in every SELDOM-th.
+OFTEN, SELDOM = 100, 20
+
+
+class WeightedLoss(MaskLoss):
+    """A loss whose density term has the weight alpha and whose edge term has the weight beta.
+
+    A constructor calls this one, then sets tap.
+    """
+
+    # Class attributes, which pickles of earlier versions lack.
+    _pull_state: dict[str, Tensor] | None = None  # made by the first Pull; no class, which weights_only=True refuses
+    _pull_calls, _pull_known, _pull_pending = 0, False, False
+    tap: FeatureTap | None
+
+    def __init__(self, alpha: float | Pull, beta: float | Pull, ignore_index: int | None) -> None:
+        super().__init__(ignore_index)
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            self._weight(name, weight)  # or nn.Module would register a module given by mistake as a part
+        self.alpha = alpha
+        self.beta = beta
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would register a model as a part of the criterion.
+        super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
+        if name == "tap" and isinstance(self.tap, FeatureTap):
+            self._measure_at_the_tap()
+
+    @property
+    def alpha(self) -> float | Pull:
+        """Weight of the density term."""
+        return self._alpha if isinstance(self._alpha, Pull) else float(self._alpha)
+
+    @alpha.setter
+    def alpha(self, value: float | Pull) -> None:
+        self._alpha, self._uses_density = self._weight("alpha", value)
+
+    @property
+    def beta(self) -> float | Pull:
+        """Weight of the edge term."""
+        return self._beta if isinstance(self._beta, Pull) else float(self._beta)
+
+    @beta.setter
+    def beta(self, value: float | Pull) -> None:
+        self._beta, self._uses_edge = self._weight("beta", value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"tap": None, "_pull_pending": True}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
+            if not isinstance(weight, Pull):
+                destination[prefix + name] = weight.clone()
+        if self._pull_state is not None:
+            destination[f"{prefix}pull"] = torch.cat(list(self._pull_state.values()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """The constructor decides which weights are Pulls; the state, which may be missing, only sets values."""
+        own = dict(state_dict)
+        for name, weight in (("alpha", self._alpha), ("beta", self._beta)):
+            number = own.pop(prefix + name, None)
+            if number is not None and not isinstance(weight, Pull):
+                setattr(self, name, float(number))
+        numbers = own.pop(f"{prefix}pull", None)
+        if numbers is not None and self._pull_state is not None:
+            sizes = [len(tensor) for tensor in self._pull_state.values()]
+            for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
+                tensor.copy_(loaded)
+            self._pull_known, self._pull_pending = pull.known(self._pull_state), self.tap is None
+            self._pull_calls = int(numbers[pull.STEP])
+        super()._load_from_state_dict(own, prefix, *arguments)
+
+    def _measure_at_the_tap(self) -> None:
+        """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
+        state, tap = self._pull_state, self.tap
+        if state is not None and tap is not None and state["layer"] is not tap.norm:
+            if self._pull_pending:  # what a state or a copy holds from its last backward pass
+                tap.norm.copy_(state["layer"])
+            tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
+
+    def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
+        """The weight as it is stored, and whether its term is in use."""
+        if isinstance(value, Pull):
+            self._pull_state = self._pull_state or pull.new_state()
+            return value, True
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
+                "loss as supervised="
+            )
+        _checks.check_number(name, value, 0)
+        # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
+        return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
+
+    def _has_pull(self) -> bool:
+        return isinstance(self._alpha, Pull) or isinstance(self._beta, Pull)
+
+    def _pulled(
+        self, supervised: Tensor, features: Tensor, *, is_tapped: bool, over_ranks: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weights of density and edge, and for each term in use the features whose gradient is measured.
+
+        Args:
+            supervised: the supervised loss.
+            features: for the terms.
+            is_tapped: whether they are as the tap gave them.
+            over_ranks: whether all processes of torch.distributed are to use the same weights.
+
+        Raises:
+            ValueError: in a training call, if there is no mean and no way to measure one.
+        """
+        state = cast("dict[str, Tensor]", self._pull_state)
+        if state["means"].device != features.device:
+            state.update((name, tensor.to(features.device)) for name, tensor in state.items())
+        used = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
+        if not (torch.is_grad_enabled() and features.requires_grad):
+            return pull.last_weights(state), [features] * len(used)
+        # The state holds the last backward pass; measuring by hand below already overwrites it.
+        weights = pull.advanced_weights(
+            state, (self._alpha, self._beta), sum_of_ranks if over_ranks else None, fused.switched_on(features)
+        )
+        if not self._is_measured(supervised, features, is_tapped=is_tapped):
+            raise ValueError(
+                "a weight that sets itself must be measured at features that the logits are made from, in first "
+                "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
+                "give the features behind the logits, or give a number such as beta=0.02"
+            )
+        is_pull = isinstance(self._alpha, Pull), isinstance(self._beta, Pull)
+        return weights, [pull.measured_features(features, state, n, weights) if is_pull[n] else features for n in used]
+
+    def _is_measured(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
+        """Measure the supervised loss if the tap does not; whether there are means or will be some."""
+        state = cast("dict[str, Tensor]", self._pull_state)
+        source, measured = None, False
+        if self.tap is not None:
+            source, measured = layer_input(self.tap, None if is_tapped else features)
+        if measured or not _checks.may_read(features):
+            return measured or self._pull_known
+        self._pull_calls += 1
+        if supervised.grad_fn is not None and begins_a_static_graph(supervised.grad_fn):
+            return True
+        if self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0:
+            source = features if source is None else source
+            self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
+        self._pull_known = self._pull_known or pull.known(state)  # by what the tap measured before
+        return self._pull_known

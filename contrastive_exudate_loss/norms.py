@@ -51,7 +51,7 @@ def write_norm(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: 
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         record[place] = norm if divisor is None else norm / divisor
         if counts:
-            record[COUNT] += 1
+            record[COUNT].add_(1)
 
 
 # The compiler would drop what a function writes as a side effect, or do it at another time.

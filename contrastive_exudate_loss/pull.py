@@ -7,6 +7,7 @@ earlier steps, and nothing is differentiated twice.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ HALF_SCALE = 2.0**13  # of gradients in float16
 # Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; for the
 # supervised loss, density and edge, the sums of discounted norms and of the discounts; the weights of density and edge
 # last used.
-STEP, SEEN_TERMS, SEEN_LAYER, SEEN_HAND, SUMS, SHARES, USED = 0, 1, 2, 3, slice(4, 7), slice(7, 10), slice(10, 12)
+STEP, SEEN, SUMS, SHARES, USED = 0, slice(1, 4), slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
-SCALE, TERMS = 1, (2, 3)
+SCALE, TERMS = 1, slice(2, 4)
 # In the norms of the supervised loss, (2,) each: COUNT and the norm. The norm at the layer is scaled like the total's
 # gradient, the norm by hand is not.
 NORM = 1
@@ -78,7 +79,7 @@ def known(state: dict[str, Tensor]) -> bool:
 
 def advanced_weights(
     state: dict[str, Tensor],
-    weights: Sequence[Pull | Tensor],
+    weights: Sequence[Pull | Tensor | float],
     averaged: Callable[[Tensor], Tensor] | None,
     by_kernel: bool,
 ) -> Tensor:
@@ -135,7 +136,7 @@ def measured_features(features: Tensor, state: dict[str, Tensor], term: int, wei
     # The CPU may look at the weight, which saves the backward pass a copy; other devices would have to wait.
     looks = features.is_cpu and not torch.compiler.is_compiling()
     passes = None if looks and bool(weight > 0) else weight > 0
-    measured: Tensor = Recorded.apply(features, state["terms"], TERMS[term], False, _carried(weight), passes)
+    measured: Tensor = Recorded.apply(features, state["terms"], TERMS.start + term, False, _carried(weight), passes)
     return measured
 
 
@@ -169,9 +170,9 @@ def _carried(weights: Tensor) -> Tensor:
 
 def _scale_written(record: Tensor, gradient: Tensor) -> None:
     with torch.no_grad():
-        record[COUNT] += 1
+        record[COUNT].add_(1)
         record[SCALE] = gradient
-        record[TERMS[0] : TERMS[-1] + 1] = 0  # until their gradients come
+        record[TERMS].zero_()  # until their gradients come
 
 
 _write_scale = torch.library.custom_op(
@@ -197,28 +198,37 @@ def _advanced(
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
-        at_layer, by_hand = layer[COUNT] != means[SEEN_LAYER], hand[COUNT] != means[SEEN_HAND]
-        supervised = torch.where(by_hand, hand[NORM], torch.where(at_layer, layer[NORM] / terms[SCALE], 0))
-        norms = torch.stack([supervised, *(terms[place] / terms[SCALE] for place in TERMS)]).abs()
+        # Each operator is a launch on CUDA, so that three norms are treated at once.
+        zero = terms.new_zeros(())
+        seen = torch.stack([terms[COUNT], layer[COUNT], hand[COUNT]])
+        is_new, at_layer, by_hand = (seen != means[SEEN]).unbind()
+        supervised = torch.where(by_hand, hand[NORM], torch.where(at_layer, layer[NORM] / terms[SCALE], zero))
+        norms = torch.stack([supervised, *(terms[TERMS] / terms[SCALE])]).abs()
         counted = torch.stack([at_layer | by_hand, *(norms[1:] > 0)])
-        counted &= (terms[COUNT] != means[SEEN_TERMS]) & norms.isfinite().all()
-        norms = norms.where(counted, 0)
+        counted &= is_new & (norms.sum() < math.inf)
+        norms = norms.where(counted, zero)
         if summed is not None:
             norms, number = summed(torch.stack([norms, counted.float()])).unbind()
             norms, counted = norms / number.clamp(min=1), number > 0
-        largest = OUTLIER * means[SUMS] / means[SHARES]  # NaN before the first
-        norms = torch.where((norms > largest) & (largest > 0), largest, norms)
-        means[SUMS] = torch.where(counted, MEMORY * means[SUMS] + (1 - MEMORY) * norms, means[SUMS])
-        means[SHARES] = torch.where(counted, MEMORY * means[SHARES] + (1 - MEMORY), means[SHARES])
-        means[SEEN_TERMS], means[SEEN_LAYER], means[SEEN_HAND] = terms[COUNT], layer[COUNT], hand[COUNT]
-        means[STEP] += 1
+        sums, shares = means[SUMS], means[SHARES]
+        largest = OUTLIER * sums / shares  # NaN before the first
+        norms = torch.fmin(norms, largest / (largest > 0))  # without a mean above 0 this is 0 / 0, which fmin leaves out
+        rate = (1 - MEMORY) * counted
+        sums.lerp_(norms, rate)
+        shares.addcmul_(rate, 1 - shares)
+        means[SEEN] = seen
+        means[STEP].add_(1)
         # If either mean is missing, this is 0 / 0 or a division by 0.
-        mean = means[SUMS] / means[SHARES]
-        quotients = (mean[0] / mean[1:]).nan_to_num(0, 0, 0)
+        mean, used = sums / shares, means[USED]
+        used.copy_((mean[0] / mean[1:]).nan_to_num(0, 0, 0))
         for n in (0, 1):
-            rise = torch.clamp(means[STEP] / max(1, warm_up[n]), max=1)
-            means[USED][n] = times[n] if is_number[n] else times[n] * rise * quotients[n]
-        return means[USED].clone()
+            if is_number[n]:
+                used[n].fill_(times[n])
+            else:
+                used[n].mul_(times[n])
+                if warm_up[n]:
+                    used[n].mul_(torch.clamp(means[STEP] / warm_up[n], max=1))
+        return used.clone()
 
 
 _advance = torch.library.custom_op(

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import CombinedExudateLoss, FeatureTap, PatchDensityContrastLoss, PatchEdgeContrastLoss
 
 PAPER = 0.02, 0.1
 
@@ -39,6 +39,8 @@ def configurations() -> dict[str, Configuration]:
         "both, stride 256 / 60": Configuration(CombinedExudateLoss(*PAPER), cells=60),
         "both, a given supervised loss": Configuration(CombinedExudateLoss(*PAPER, supervised=_dice)),
         "hecl()": Configuration(CombinedExudateLoss.hecl()),
+        "BCE of a channel of the features": Configuration(_Channel(F.binary_cross_entropy_with_logits), alone),
+        "the default of it, tapped": Configuration(_Channel(), alone),
     }
 
 
@@ -55,6 +57,22 @@ def inputs_of(configuration: Configuration, device: str, *, images: int = 6, cha
         "features": torch.rand(images, channels, cells, cells, **learned),
     }
     return tuple(batch[name] for name in configuration.inputs)
+
+
+class _Channel:
+    """A loss, by default CombinedExudateLoss() with a tap, of logits that a model takes out of the features."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.model = nn.Sequential(_First())
+        self.loss = CombinedExudateLoss(features=FeatureTap(self.model, "0")) if loss is None else loss
+
+    def __call__(self, features: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.model(features), target)
+
+
+class _First(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, :1]
 
 
 def _dice(logits: Tensor, target: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def _advanced(
             norms, counted = norms / number.clamp(min=1), number > 0
         sums, shares = means[SUMS], means[SHARES]
         largest = OUTLIER * sums / shares  # NaN before the first
-        norms = torch.fmin(norms, largest / (largest > 0))  # without a mean above 0 this is 0 / 0, which fmin leaves out
+        norms = torch.fmin(norms, largest / (largest > 0))  # NaN too where it is 0; fmin leaves NaN out
         rate = (1 - MEMORY) * counted
         sums.lerp_(norms, rate)
         shares.addcmul_(rate, 1 - shares)

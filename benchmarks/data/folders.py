@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data import hei_med
 from data.idrid import DataError, Files
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
@@ -11,11 +12,15 @@ def paired_files(images: Path, masks: Path) -> list[Files]:
     """Each picture of the first folder, by name, with its mask in the second, None where there is none.
 
     A mask has its photograph's name, with or without something behind it that begins with "_", "-" or ".": the mask
-    of C0001.jpg may be C0001.png, C0001_EX.tif or C0001.lesion.gif.
+    of C0001.jpg may be C0001.png, C0001_EX.tif or C0001.lesion.gif. If the second folder holds maps of HEI-MED, these
+    are the masks, and only the photographs that have one count: its other pictures are of vessels.
 
     Raises:
         DataError: a folder is absent or holds no picture, a photograph has several masks, or a mask no photograph.
     """
+    maps = sorted(masks.glob(f"*{hei_med.SUFFIX}"))
+    if maps:
+        return [Files(images / f"{own.name.removesuffix(hei_med.SUFFIX)}.jpg", own) for own in maps]
     photographs, others = _pictures("--images", images), _pictures("--masks", masks)
     found: dict[Path, list[Path]] = {photograph: [] for photograph in photographs}
     for mask in others:

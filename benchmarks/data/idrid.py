@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from data import hei_med
 from data.samples import Sample
 
 IMAGES = "1. Original Images"
@@ -133,8 +134,15 @@ def read_mask(path: Path) -> Array:
     """Where a mask file has lesion, (H, W): any colour channel (or palette index) above 0, whatever alpha says.
 
     Raises:
-        DataError: the file cannot be read as a picture.
+        DataError: the file cannot be read as a picture, or as a map of HEI-MED if it has the name of one.
     """
+    if path.name.endswith(hei_med.SUFFIX):
+        try:
+            return hei_med.read_map(path)
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(
+                f"'{path}' must be a map of HEI-MED beside its .GND, but cannot be read: {error}"
+            ) from error
     mask = _opened(path)
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
     colours = [channel for channel, band in enumerate(mask.getbands()) if band != "A"]

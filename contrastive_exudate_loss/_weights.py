@@ -131,19 +131,27 @@ class WeightedLoss(MaskLoss):
             state.update((name, tensor.to(features.device)) for name, tensor in state.items())
         used = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
         if not (torch.is_grad_enabled() and features.requires_grad):
-            return pull.last_weights(state), [features] * len(used)
+            return self._with_numbers(pull.last_weights(state)), [features] * len(used)
+        pulls = [weight if isinstance(weight, Pull) else None for weight in (self._alpha, self._beta)]
         # The state holds the last backward pass; measuring by hand below already overwrites it.
-        weights = pull.advanced_weights(
-            state, (self._alpha, self._beta), sum_of_ranks if over_ranks else None, fused.switched_on(features)
-        )
+        averaged = sum_of_ranks if over_ranks else None
+        weights = self._with_numbers(pull.advanced_weights(state, pulls, averaged, fused.switched_on(features)))
         if not self._is_measured(supervised, features, is_tapped=is_tapped):
             raise ValueError(
                 "a weight that sets itself must be measured at features that the logits are made from, in first "
                 "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
                 "give the features behind the logits, or give a number such as beta=0.02"
             )
-        is_pull = isinstance(self._alpha, Pull), isinstance(self._beta, Pull)
-        return weights, [pull.measured_features(features, state, n, weights) if is_pull[n] else features for n in used]
+        return weights, [
+            features if pulls[n] is None else pull.measured_features(features, state, n, weights) for n in used
+        ]
+
+    def _with_numbers(self, weights: Tensor) -> Tensor:
+        """The weights, in which those that are numbers are 0, with the numbers."""
+        for n, (weight, is_used) in enumerate(((self._alpha, self._uses_density), (self._beta, self._uses_edge))):
+            if is_used and not isinstance(weight, Pull):
+                weights[n] += weight
+        return weights
 
     def _is_measured(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
         """Measure the supervised loss if the tap does not; whether there are means or will be some."""

@@ -24,7 +24,7 @@ HALF_SCALE = 2.0**13  # of gradients in float16
 
 # Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; for the
 # supervised loss, density and edge, the sums of discounted norms and of the discounts; the weights of density and edge
-# last used.
+# last used, 0 for a number.
 STEP, SEEN, SUMS, SHARES, USED = 0, slice(1, 4), slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
 SCALE, TERMS = 1, slice(2, 4)
@@ -79,33 +79,34 @@ def known(state: dict[str, Tensor]) -> bool:
 
 def advanced_weights(
     state: dict[str, Tensor],
-    weights: Sequence[Pull | Tensor | float],
+    pulls: Sequence[Pull | None],
     averaged: Callable[[Tensor], Tensor] | None,
     by_kernel: bool,
 ) -> Tensor:
     """The weights of density and edge in this training call, after taking the last backward pass into the means.
 
+    A weight that is no Pull is 0 here: the compiler would compile again for each number.
+
     Args:
         state: is changed in place.
-        weights: of density and edge, a Pull or a number.
+        pulls: of density and edge; None for a number.
         averaged: gives the sum over all processes of a tensor; None for one process.
         by_kernel: whether a Triton kernel may do it.
 
     Returns:
         (2,), float32.
     """
-    times = [weight.times if isinstance(weight, Pull) else float(weight) for weight in weights]
-    warm_up = [weight.warm_up if isinstance(weight, Pull) else 0 for weight in weights]
-    is_number = [not isinstance(weight, Pull) for weight in weights]
+    times = [0.0 if pull is None else pull.times for pull in pulls]
+    warm_up = [0 if pull is None else pull.warm_up for pull in pulls]
     records = state["means"], state["terms"], state["layer"], state["hand"]
     if torch.compiler.is_compiling():
-        advanced: Tensor = _advance(*records, times, warm_up, is_number)
+        advanced: Tensor = _advance(*records, times, warm_up)
         return advanced
     if by_kernel and averaged is None:
         from contrastive_exudate_loss.pull_triton import advanced_by_triton
 
-        return advanced_by_triton(*records, times, warm_up, is_number, MEMORY, OUTLIER)
-    return _advanced(*records, times, warm_up, is_number, averaged)
+        return advanced_by_triton(*records, times, warm_up, MEMORY, OUTLIER)
+    return _advanced(*records, times, warm_up, averaged)
 
 
 def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor]) -> bool:
@@ -126,7 +127,7 @@ def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor
 
 
 def last_weights(state: dict[str, Tensor]) -> Tensor:
-    """The weights of density and edge in the last training call, (2,), float32."""
+    """The weights of density and edge that advanced_weights gave last, (2,), float32."""
     return state["means"][USED].clone()
 
 
@@ -194,7 +195,6 @@ def _advanced(
     hand: Tensor,
     times: Sequence[float],
     warm_up: Sequence[int],
-    is_number: Sequence[bool],
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
@@ -222,20 +222,16 @@ def _advanced(
         mean, used = sums / shares, means[USED]
         used.copy_((mean[0] / mean[1:]).nan_to_num(0, 0, 0))
         for n in (0, 1):
-            if is_number[n]:
-                used[n].fill_(times[n])
-            else:
-                used[n].mul_(times[n])
-                if warm_up[n]:
-                    used[n].mul_(torch.clamp(means[STEP] / warm_up[n], max=1))
+            used[n].mul_(times[n])
+            if warm_up[n]:
+                used[n].mul_(torch.clamp(means[STEP] / warm_up[n], max=1))
         return used.clone()
 
 
 _advance = torch.library.custom_op(
     "contrastive_exudate_loss::advance",
     mutates_args=("means",),
-    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor hand, float[] times, int[] warm_up, "
-    "bool[] is_number) -> Tensor",
+    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor hand, float[] times, int[] warm_up) -> Tensor",
 )(_advanced)
 
 

@@ -10,19 +10,19 @@ from torch import Tensor
 
 def advanced_by_triton(
     means: Tensor, terms: Tensor, layer: Tensor, hand: Tensor, times: Sequence[float], warm_up: Sequence[int],
-    is_number: Sequence[bool], memory: float, outlier: float,
+    memory: float, outlier: float,
 ) -> Tensor:  # fmt: skip
     """What pull._advanced does in one process; the arguments are the same."""
     weights = means.new_empty(2)
     with torch.cuda.device_of(means):  # Triton launches on the current device
-        _advance[1,](means, terms, layer, hand, weights, *map(float, times), *warm_up, memory, outlier, *is_number)
+        _advance[1,](means, terms, layer, hand, weights, *map(float, times), *warm_up, memory, outlier)
     return weights
 
 
 @triton.jit(do_not_specialize=["warm_up_0", "warm_up_1"])
 def _advance(
     means, terms, layer, hand, weights, times_0: tl.float64, times_1: tl.float64, warm_up_0, warm_up_1,
-    memory: tl.float64, outlier: tl.float64, is_number_0: tl.constexpr, is_number_1: tl.constexpr,
+    memory: tl.float64, outlier: tl.float64,
 ):  # fmt: skip
     """The places in the records are those of pull.py.
 
@@ -49,8 +49,8 @@ def _advance(
     tl.store(means + 1, seen_terms)
     tl.store(means + 2, seen_layer)
     tl.store(means + 3, seen_hand)
-    _write(means, weights, 0, step, mean, mean_density, times_0, warm_up_0, is_number_0)
-    _write(means, weights, 1, step, mean, mean_edge, times_1, warm_up_1, is_number_1)
+    _write(means, weights, 0, step, mean, mean_density, times_0, warm_up_0)
+    _write(means, weights, 1, step, mean, mean_edge, times_1, warm_up_1)
 
 
 @triton.jit
@@ -73,11 +73,10 @@ def _mean(means, place, norm, counted, memory, outlier):
 
 
 @triton.jit
-def _write(means, weights, place, step, mean, mean_of_term, times, warm_up, is_number: tl.constexpr):
-    weight = tl.full([], times, tl.float32)
-    if not is_number:
-        known = (mean == mean) & (mean_of_term > 0)
-        quotient = tl.where(known, mean / tl.where(known, mean_of_term, 1), 0)
-        weight *= tl.minimum(step / tl.maximum(warm_up, 1), 1) * tl.where(_is_finite(quotient), quotient, 0)
+def _write(means, weights, place, step, mean, mean_of_term, times, warm_up):
+    known = (mean == mean) & (mean_of_term > 0)
+    quotient = tl.where(known, mean / tl.where(known, mean_of_term, 1), 0)
+    weight = tl.full([], times, tl.float32) * tl.where(_is_finite(quotient), quotient, 0)
+    weight *= tl.minimum(step / tl.maximum(warm_up, 1), 1)
     tl.store(means + 10 + place, weight)
     tl.store(weights + place, weight)

@@ -330,6 +330,7 @@ WEIGHTS = st.one_of(st.floats(0, 3), st.builds(Pull, st.floats(0, 3), warm_up=st
     ),
 )
 def test_one_kernel_advances_the_weights(device, weights, steps):
+    pulls = [weight if isinstance(weight, Pull) else None for weight in weights]
     plain = pull.new_state()
     other = {name: record.to(device) for name, record in pull.new_state().items()}
     with kernels_on(device):
@@ -340,8 +341,8 @@ def test_one_kernel_advances_the_weights(device, weights, steps):
                 state["layer"][0] += at_layer
                 state["hand"][0] += by_hand
                 state["layer"][1] = state["hand"][1] = supervised
-            wanted = pull.advanced_weights(plain, weights, None, False)
-            got = pull.advanced_weights(other, weights, None, True)
+            wanted = pull.advanced_weights(plain, pulls, None, False)
+            got = pull.advanced_weights(other, pulls, None, True)
             torch.testing.assert_close(got.cpu(), wanted)
             torch.testing.assert_close(other["means"].cpu(), plain["means"])
 

@@ -177,6 +177,23 @@ def test_compiled_in_one_graph_the_weights_are_the_same(part, backend):
     torch.testing.assert_close(got, wanted.double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_number_beside_a_pull_may_change_without_compiling_again():
+    net = Net()
+    criterion = CombinedExudateLoss(0.02, Pull(1.0), features=FeatureTap(net, "head"))
+    torch.compiler.reset()
+    terms = torch.compile(criterion.terms, backend="aot_eager", fullgraph=True)
+    trained_weights(criterion, net, 2, lambda images, target: terms(net(images), target))
+    images, target = batch(2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for alpha in (0.03, 5.0):
+            criterion.alpha = alpha
+            assert terms(net(images), target).alpha == pytest.approx(alpha)
+    with torch.no_grad():
+        criterion.alpha = 0.7  # since the last training call
+        assert criterion.terms(net(images), target).alpha == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize("scale", [0.25, 1000.0])
 def test_the_weight_grows_with_the_supervised_loss(scale):
     def scaled(logits, target):

@@ -12,15 +12,21 @@ LOOKS = 10  # batches to look at on the CPU; on other devices, where looking wai
 CONFIRMED = ("probabilities", "ignored")
 
 
-def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iterator[tuple[str, str]]:
+def suspicions(
+    logits: Tensor, target: Tensor, ignore_index: int | None, index: Tensor | None = None
+) -> Iterator[tuple[str, str]]:
     """A name and a sentence for what may be wrong in a batch; reads the values, so it waits for the device.
 
     Args:
         logits: (B, C, H, W), floating.
         target: (B, K, H, W) of 0, 1 and ignore_index.
         ignore_index: value of pixels to leave out.
+        index: the index mask that target is made of, if it is made of one; of any shape, integer.
     """
-    remedy = "give the network's output before its sigmoid or softmax"
+    remedy = (
+        "give the network's output before its sigmoid or softmax, and tell a loss that expects probabilities that it "
+        "gets logits, as with from_logits=True or sigmoid=True"
+    )
     made_by = logits.grad_fn.name() if logits.grad_fn is not None else ""
     lowest, highest = logits.detach().aminmax()
     if made_by.startswith(("Sigmoid", "Softmax")):
@@ -34,6 +40,13 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
             "channel out of target and logits, or its number out of classes, or give an index mask and "
             "classes=range(1, number of classes)",
         )
+    stray = None if index is None else _stray_value(index, logits.shape[1], ignore_index)
+    if stray is not None:
+        yield (
+            "stray",
+            f"target holds {stray}, which the terms take for background; if supervised ignores such pixels, give the "
+            f"criterion ignore_index={stray} too",
+        )
     if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
         return
     if bool(target.eq(ignore_index).any() & target.ne(1).all()):
@@ -42,3 +55,11 @@ def suspicions(logits: Tensor, target: Tensor, ignore_index: int | None) -> Iter
             f"target held 0 and {ignore_index} in all batches so far, but no 1, and {ignore_index} is ignored; if it "
             "marks lesions, give (target != 0).to(target.dtype) and leave ignore_index out",
         )
+
+
+def _stray_value(index: Tensor, channels: int, ignore_index: int | None) -> int | None:
+    """A value of an index mask that is no class, as far as one can tell: one channel may stand for several classes."""
+    stray = (index < 0) | (index >= channels if channels > 1 else index == 255)
+    if ignore_index is not None and _checks.holds(index.dtype, ignore_index):
+        stray &= index != ignore_index
+    return int(index[stray][0]) if bool(stray.any()) else None

@@ -1,5 +1,6 @@
 """The base of CombinedExudateLoss: the weights of its two terms, numbers or Pulls, and what is saved of them."""
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -10,12 +11,14 @@ from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss.distributed import sum_of_ranks
 from contrastive_exudate_loss.features import FeatureTap
 from contrastive_exudate_loss.graph import begins_a_static_graph
+from contrastive_exudate_loss.norms import COUNT
 from contrastive_exudate_loss.origin import layer_input
 from contrastive_exudate_loss.pull import Pull
 
 # For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
 # OFTEN training calls, then in every SELDOM-th.
 OFTEN, SELDOM = 100, 20
+STEPS = 20  # training calls after which a backward pass must have recorded something
 
 
 class WeightedLoss(MaskLoss):
@@ -27,7 +30,8 @@ class WeightedLoss(MaskLoss):
     # Class attributes, which pickles of earlier versions lack.
     _pull_state: dict[str, Tensor] | None = None  # made by the first Pull; no class, which weights_only=True refuses
     _pull_calls, _pull_known, _pull_pending = 0, False, False
-    tap: FeatureTap | None
+    _steps_to_look = STEPS
+    tap: FeatureTap | None = None
 
     def __init__(self, alpha: float | Pull, beta: float | Pull, ignore_index: int | None) -> None:
         super().__init__(ignore_index)
@@ -37,9 +41,12 @@ class WeightedLoss(MaskLoss):
         self.beta = beta
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "features":  # what the constructor calls it
+            raise AttributeError("features cannot be set; set criterion.tap = model")
         # nn.Module would register a model as a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
         if name == "tap" and isinstance(self.tap, FeatureTap):
+            self._pull_pending |= self._pull_state is not None and self._pull_state["layer"] is not self.tap.norm
             self._measure_at_the_tap()
 
     @property
@@ -91,21 +98,29 @@ class WeightedLoss(MaskLoss):
         """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
         state, tap = self._pull_state, self.tap
         if state is not None and tap is not None and state["layer"] is not tap.norm:
-            if self._pull_pending:  # what a state or a copy holds from its last backward pass
+            if self._pull_pending and not tap.norm.any():  # from the last backward pass, under another tap or loaded
                 tap.norm.copy_(state["layer"])
+            elif self._pull_pending:  # this tap's record is of another criterion
+                state["means"][pull.SEEN][1] = tap.norm[COUNT]
             tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
 
     def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
         """The weight as it is stored, and whether its term is in use."""
         if isinstance(value, Pull):
-            self._pull_state = self._pull_state or pull.new_state()
+            if self._pull_state is None:
+                self._pull_state, self._pull_pending = pull.new_state(), True
+                self._measure_at_the_tap()
             return value, True
         if isinstance(value, nn.Module):
             raise TypeError(
                 f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
                 "loss as supervised="
             )
-        _checks.check_number(name, value, 0)
+        try:
+            _checks.check_number(name, value, 0)
+        except TypeError as error:
+            remedy = "give a tensor's value with .item()" if isinstance(value, Tensor) else "or give Pull(1.0)"
+            raise TypeError(f"{error}; {remedy}") from None
         # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
         return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
 
@@ -140,11 +155,24 @@ class WeightedLoss(MaskLoss):
             raise ValueError(
                 "a weight that sets itself must be measured at features that the logits are made from, in first "
                 "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
-                "give the features behind the logits, or give a number such as beta=0.02"
+                "give the features behind the logits, (B, C, h, w), or give a number such as beta=0.02"
             )
+        self._look_at_records(features)
         return weights, [
             features if pulls[n] is None else pull.measured_features(features, state, n, weights) for n in used
         ]
+
+    def _look_at_records(self, features: Tensor) -> None:
+        """Warn once where the first training calls had no backward pass through the total."""
+        if not _checks.may_read(features) or self._steps_to_look == 0:
+            return
+        self._steps_to_look -= 1
+        if self._steps_to_look == 0 and not bool(cast("dict[str, Tensor]", self._pull_state)["terms"][COUNT]):
+            warnings.warn(
+                f"no backward pass came through the criterion's total in {STEPS} training calls, so its Pull stays 0; "
+                "differentiate what the criterion returns, or terms(...).total, not a sum of its parts",
+                stacklevel=5,
+            )
 
     def _with_numbers(self, weights: Tensor) -> Tensor:
         """The weights, in which those that are numbers are 0, with the numbers."""

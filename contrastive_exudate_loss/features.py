@@ -126,7 +126,8 @@ class FeatureTap:
             raise RuntimeError(
                 "the tap has no features: its model has not run as model(images) since it was tapped, or only without "
                 "gradients, compiled, or in a reentrant checkpoint; run one eager forward pass with gradients first, "
-                "or give FeatureTap(model, layer=...); give a checkpoint use_reentrant=False"
+                "or give FeatureTap(model, layer=...); if the model was compiled before it was tapped, compile it "
+                "again; give a checkpoint use_reentrant=False"
             )
         if self.last.runs > 1:
             raise RuntimeError(

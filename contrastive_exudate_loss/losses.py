@@ -519,10 +519,14 @@ class CombinedExudateLoss(WeightedLoss):
             if self.classes is None and indices:
                 self._check_values(plain(mask), indices)
             supervised = self._given_supervised(self.supervised, logits, target, finest, mask)
+        index = None
         if self.classes is not None:
-            mask = masks_of(plain(mask), self.classes, self.ignore_index)
+            index = plain(mask)
+            mask = masks_of(index, self.classes, self.ignore_index)
         mask = plain(mask)
-        self._look_for_misuse(plain(finest), mask)
+        self._look_for_misuse(plain(finest), mask, index)
+        if features is not None and features.requires_grad and not supervised.requires_grad:
+            self._look_at_gradient()
         if features is None:
             terms = []
         each = [] if features is None else [features] * len(terms)
@@ -591,15 +595,23 @@ class CombinedExudateLoss(WeightedLoss):
     def _finest(self, logits: Any, target: Any) -> tuple[Tensor, Tensor]:
         """The logits and the target that the terms look at, checked: the first of several levels."""
         if isinstance(logits, (list, tuple)):
+            if not logits:
+                raise ValueError("logits must hold the levels of deep supervision, the finest first, got none")
+            sizes = [tuple(level.shape[2:]) for level in logits if isinstance(level, Tensor) and level.dim() == 4]
+            if len(sizes) < len(logits):
+                got = ", ".join(str(getattr(level, "shape", type(level).__name__)) for level in logits)
+                raise ValueError(
+                    f"logits must be a tensor, or the levels of deep supervision, each (B, K, h, w), got a "
+                    f"{type(logits).__name__} of {got}; if the model returns more than its logits, give these alone, "
+                    "such as output[0]"
+                )
             if self.supervised is None:
                 raise ValueError(
                     "supervised must be given if logits are the levels of deep supervision, got None; give the loss "
-                    "that weighs the levels, such as MONAI's DeepSupervisionLoss"
+                    "that weighs the levels, such as MONAI's DeepSupervisionLoss; if the model returns more than its "
+                    "logits, give these alone, such as output[0]"
                 )
-            if not logits:
-                raise ValueError("logits must hold the levels of deep supervision, the finest first, got none")
-            sizes = [tuple(level.shape[2:]) for level in logits if isinstance(level, Tensor)]
-            if sizes and math.prod(sizes[0]) < max(map(math.prod, sizes)):
+            if math.prod(sizes[0]) < max(map(math.prod, sizes)):
                 raise ValueError(
                     f"logits must hold the levels of deep supervision, the finest first, got sizes {sizes}; give "
                     "logits[::-1], and the target likewise where it is a list"
@@ -631,6 +643,10 @@ class CombinedExudateLoss(WeightedLoss):
             raise ValueError(
                 f"classes must be below the number of logits' channels, {logits.shape[1]}, got {self.classes}; give "
                 "the network as many channels as there are classes, the background included"
+                + (
+                    "; with one channel give a mask, (target == 1).unsqueeze(1), and no classes"
+                    * (logits.shape[1] == 1)
+                )
             )
         if _checks.may_read(target) and (target.is_cpu or not self._values_checked):
             _checks.check_index_values(index, logits.shape[1], self.ignore_index)
@@ -671,7 +687,15 @@ class CombinedExudateLoss(WeightedLoss):
             logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen
         return given_loss(supervised, logits, target, self.ignore_index, of_classes=self.classes is not None)
 
-    def _look_for_misuse(self, logits: Tensor, mask: Tensor) -> None:
+    def _look_at_gradient(self) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn(
+                "no gradient",
+                "supervised requires no gradient, so it trains nothing; give logits as the model made them, not "
+                "detached, and a loss that is differentiable with respect to them",
+            )
+
+    def _look_for_misuse(self, logits: Tensor, mask: Tensor, index: Tensor | None = None) -> None:
         """Warn once of each suspicion; if it may be chance, only when every batch that is looked at shows it."""
         if len(mask) == 1 and self._uses_edge and self.edge.scope == "image" and not self.edge.gather_distributed:
             self._warn(
@@ -681,7 +705,7 @@ class CombinedExudateLoss(WeightedLoss):
             )
         if not _checks.may_read(mask) or self._looks == 0:
             return
-        found = dict(suspicions(logits, mask, self.ignore_index))
+        found = dict(suspicions(logits, mask, self.ignore_index, index))
         self._looks = self._looks - 1 if mask.is_cpu else 0
         self._doubts = tuple(name for name in self._doubts if name in found and mask.is_cpu)
         for name, sentence in found.items():

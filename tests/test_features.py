@@ -148,6 +148,12 @@ def test_a_copy_of_a_criterion_can_be_tapped_anew(tapped):
     assert criterion(net(IMAGES), TARGET).isfinite()
 
 
+def test_a_criterions_features_cannot_be_set():
+    criterion = CombinedExudateLoss()
+    with pytest.raises(AttributeError, match=r"features cannot be set; set criterion\.tap = model"):
+        criterion.features = Net()
+
+
 @pytest.mark.parametrize("make", [CombinedExudateLoss, CombinedExudateLoss.hecl, CombinedExudateLoss.paper])
 def test_a_criterion_taps_the_model_that_it_is_given(make):
     net = Net()
@@ -403,6 +409,7 @@ def test_features_that_a_criterion_let_go_are_gone_until_the_next_pass(way):
     torch.testing.assert_close(tap.features, body(net))
 
 
+@pytest.mark.filterwarnings("ignore:supervised requires no gradient")
 def test_detached_logits_are_taken():
     net = Net()
     tap = FeatureTap(net, "head")
@@ -532,7 +539,9 @@ def test_logits_whose_pixels_or_images_moved_are_refused_at_each_step(layer, mov
     criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, layer))
     for _ in range(2):
         moved = move(net(IMAGES)[:, 1:])
-        with pytest.raises(ValueError, match=r"logits must show each image and pixel .* flipped, reordered or put"):
+        with pytest.raises(
+            ValueError, match=r"logits must show each image and pixel .* permuted, reordered or put"
+        ):
             criterion(moved, move(TARGET))
         assert criterion(net(IMAGES)[:, 1:], TARGET).isfinite()
 

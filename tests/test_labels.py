@@ -305,6 +305,13 @@ def test_deep_supervision_needs_a_loss():
         CombinedExudateLoss(**FIXED)(logits[:, None], (index > 0).unsqueeze(1), features)
 
 
+def test_a_models_other_outputs_are_no_levels():
+    logits, index, features = batch(classes=1)
+    for output in ((logits, logits.mean((2, 3))), (logits, None), (logits,)):
+        with pytest.raises(ValueError, match=r"if the model returns more than its logits, give these alone"):
+            CombinedExudateLoss(**FIXED)(output, (index > 0).unsqueeze(1), features)
+
+
 def test_the_watch_on_ignored_pixels_sees_the_finest_level():
     logits, index, features = batch(classes=1, ignored=-1)
     target = (index > 0).unsqueeze(1).float().masked_fill((index == -1).unsqueeze(1), -1)

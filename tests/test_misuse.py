@@ -97,6 +97,44 @@ def test_a_background_channel_among_the_lesions():
     assert not warned(CombinedExudateLoss.paper(), (logits, target, features))
 
 
+@pytest.mark.parametrize("value", [255, -100])
+def test_a_value_of_an_index_mask_that_only_the_given_loss_ignores(value):
+    logits, _, features = batch(classes=3)
+    index = torch.zeros(2, 16, 16, dtype=torch.int64)
+    index[:, 4:9, 4:9] = 1
+    index[:, :2] = value
+    supervised = nn.CrossEntropyLoss(ignore_index=value)
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=supervised, classes=[1, 2])
+    (text,) = warned(criterion, *[(logits, index, features)] * 3)
+    assert text.startswith(f"target holds {value}, which the terms take for background; if supervised ignores")
+    told = CombinedExudateLoss(0.02, 0.1, supervised=supervised, classes=[1, 2], ignore_index=value)
+    assert not warned(told, *[(logits, index, features)] * 3)
+    index[:, :2] = 2
+    assert not warned(criterion, (logits, index, features))
+
+
+def test_one_channel_may_stand_for_several_classes():
+    logits, target, features = batch()
+
+    def of_any_lesion(logits, index):
+        return nn.functional.binary_cross_entropy_with_logits(logits[:, 0], (index > 0).float())
+
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=of_any_lesion, classes=[1, 4])
+    assert not warned(criterion, (logits, (4 * target[:, 0]).long(), features))
+    assert len(warned(criterion, (logits, (255 * target[:, 0]).long(), features))) == 1
+
+
+@pytest.mark.parametrize("supervised", [None, lambda logits, target: ((logits > 0).float() - target).abs().mean()])
+def test_a_supervised_loss_that_requires_no_gradient(supervised):
+    logits, target, features = batch()
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=supervised)
+    calls = [(logits if supervised else logits.detach(), target, features)] * 3
+    (text,) = warned(criterion, *calls)
+    assert text.startswith("supervised requires no gradient, so it trains nothing")
+    with torch.no_grad():
+        assert not warned(CombinedExudateLoss(0.02, 0.1, supervised=supervised), *calls)
+
+
 def test_only_the_first_batches_are_looked_at(monkeypatch):
     calls = []
     monkeypatch.setattr("contrastive_exudate_loss.losses.suspicions", lambda *_: calls.append(0) or iter(()))

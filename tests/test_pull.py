@@ -18,6 +18,7 @@ from contrastive_exudate_loss import (
     PatchEdgeContrastLoss,
     Pull,
 )
+from contrastive_exudate_loss import _weights as module_of_weights
 from contrastive_exudate_loss import pull as module
 
 MEMORY = 0.99
@@ -215,6 +216,66 @@ def test_the_weight_grows_with_the_supervised_loss(scale):
     weights = [criterion.terms(net(images), target).beta for criterion, net in zip(criteria, nets, strict=True)]
     torch.testing.assert_close(weights[0], scale * weights[1])
     assert first[0] > 0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_new_tap_goes_on_with_the_weights(every):
+    weights = []
+    for replaced in (False, True):
+        net = Net()
+        criterion = criterion_of(Pull(0.5), Pull(1.0), features=FeatureTap(net, "head"))
+        found = []
+        for step in range(8):
+            if replaced and step % every == 0:
+                criterion.tap = FeatureTap(net, "head")
+            found.append(trained_weights(criterion, net, step + 1, first=step))
+        weights.append(torch.cat(found))
+    assert weights[0][1:].all()
+    assert torch.equal(*weights)
+
+
+def test_a_tap_of_another_criterion_measures_from_then_on():
+    net = Net()
+    tap = FeatureTap(net, "head")
+    trained_weights(criterion_of(0.0, Pull(1.0), features=tap), net, 3)
+    criterion = criterion_of(0.0, Pull(1.0), features=tap)
+    got = trained_weights(criterion, net, 6, first=3)
+    assert got[0, 1] == 0
+    assert (got[1:, 1] > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_pull_in_place_of_a_number_is_measured_by_the_tap_at_once():
+    net = Net()
+    criterion = CombinedExudateLoss(0.0, 0.1, features=FeatureTap(net, "head"))
+    torch.compiler.reset()
+    terms = torch.compile(criterion.terms, backend="aot_eager", fullgraph=True)
+    images, target = batch(0)
+    terms(net(images), target).total.backward()
+    criterion.beta = Pull(1.0)
+    weights = []
+    for _ in range(2):
+        found = terms(net(images), target)
+        found.total.backward()
+        weights.append(float(found.beta))
+    assert weights[0] == 0
+    assert weights[1] > 0
+
+
+def test_a_total_of_ones_own_is_warned_of_once():
+    net = Net()
+    criterion = CombinedExudateLoss(features=FeatureTap(net, "head"))
+    images, target = batch(0)
+
+    def step():
+        terms = criterion.terms(net(images), target)
+        (terms.supervised + terms.beta * terms.edge).backward()
+
+    for _ in range(module_of_weights.STEPS - 1):
+        step()
+    with pytest.warns(UserWarning, match=r"no backward pass came through the criterion's total in 20 training calls"):
+        step()
+    criterion(net(images), target)  # or a warning would be an error
 
 
 def test_detached_features_get_the_weight_that_the_tap_has_measured():
@@ -587,6 +648,7 @@ def test_after_some_eager_steps_compiled_code_keeps_the_weight():
     assert eager[-1, 1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:no backward pass came through")
 def test_by_hand_the_supervised_loss_is_differentiated_often_at_first_and_seldom_later(monkeypatch):
     calls = []
     differentiated = module.differentiated

@@ -3,7 +3,7 @@
 Everything is timed in this one process after a warm-up, the items of a group in turn, with fresh gradients each time.
 The tables give medians (and quartiles), and ratios within rounds. Memory is what PyTorch allocates.
 
-    python benchmarks/run.py                  # about 10 minutes on two cores
+    python benchmarks/run.py                  # about 25 minutes on two cores
     python benchmarks/run.py --quick          # under a minute, small sizes: shows that all of it works
     python benchmarks/run.py --device cuda --json run-cuda.json
 """

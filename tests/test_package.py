@@ -33,7 +33,7 @@ ALLOWED = {
     "fused": {"contrast", "fused_triton"},
     "_terms": {"_options", "fused", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},
-    "_weights": {"_options", "distributed", "features", "fused", "graph", "origin", "pull"},
+    "_weights": {"_options", "distributed", "features", "fused", "graph", "norms", "origin", "pull"},
     "losses": {"_misuse", "_terms", "_supervised", "_weights", "fused", "masks", "origin"} | MIDDLE - {"contrast"},
     "__init__": {"losses", "features", "labels", "pull"},
 }

@@ -97,12 +97,9 @@ def otherwise(plan: Plan, tick: Tick) -> list[Row]:
 def inference(plan: Plan, tick: Tick) -> list[Row]:
     """A forward pass in eval mode and without gradients, with and without a tap on the model."""
     images = torch.rand(plan.training[0], 3, plan.training[1], plan.training[1], device=plan.device)
-    works = {}
-    for name in ("without a tap", "with a tap"):
-        model = _network("resnet18", plan).eval()
-        if name == "with a tap":
-            FeatureTap(model, layer="segmentation_head.0")
-        works[name] = _without_gradients(model, images)
+    models = {name: _network("resnet18", plan).eval() for name in ("without a tap", "with a tap")}
+    tap = FeatureTap(models["with a tap"], layer="segmentation_head.0")
+    works = {name: _without_gradients(model, images) for name, model in models.items()}
     tick("inference")
     seconds = _seconds(plan, works)
     rows = []
@@ -117,6 +114,7 @@ def inference(plan: Plan, tick: Tick) -> list[Row]:
                 "kept_bytes": kept,
             }
         )
+    tap.close()
     return rows
 
 

@@ -203,6 +203,11 @@ def test_readme_shows_the_recorded_cost():
         assert shown in readme
 
 
+def test_a_tap_keeps_the_features_of_the_last_pass(tiny):
+    without, with_tap = (row["kept_bytes"] for row in sections.inference(run.quick(CPU, 0), print))
+    assert with_tap - without == 2 * 16 * 32 * 32 * 4
+
+
 def test_one_section_can_be_measured_alone(tiny, tmp_path):
     figures = tmp_path / "figures.json"
     arguments = ["--quick", "--device", "cpu", "--only", "pull", "--output", str(tmp_path / "plots.png")]

@@ -539,9 +539,7 @@ def test_logits_whose_pixels_or_images_moved_are_refused_at_each_step(layer, mov
     criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, layer))
     for _ in range(2):
         moved = move(net(IMAGES)[:, 1:])
-        with pytest.raises(
-            ValueError, match=r"logits must show each image and pixel .* permuted, reordered or put"
-        ):
+        with pytest.raises(ValueError, match=r"logits must show each image and pixel .* permuted, reordered or put"):
             criterion(moved, move(TARGET))
         assert criterion(net(IMAGES)[:, 1:], TARGET).isfinite()
 

@@ -292,7 +292,7 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
             "all pixels marked 255 are then ignored, lesions included"
         )
     if not bool(wrong.isfinite().all()):
-        return "find where it becomes NaN or infinite, and give every pixel a value of the mask"
+        return "find the step that makes NaN or infinity, such as a division by 0; every pixel must have a finite value"
     whole = bool((wrong == wrong.round()).all())
     if whole and float(wrong[0]) >= 2 and len(wrong) == 1 and ignore_index is None:
         value = int(wrong[0])

@@ -21,7 +21,7 @@ def suspicions(
         logits: (B, C, H, W), floating.
         target: (B, K, H, W) of 0, 1 and ignore_index.
         ignore_index: value of pixels to leave out.
-        index: the index mask that target is made of, if it is made of one; of any shape, integer.
+        index: the index mask that target was made from, integer; None if target was given as masks.
     """
     remedy = (
         "give the network's output before its sigmoid or softmax, and tell a loss that expects probabilities that it "
@@ -40,7 +40,7 @@ def suspicions(
             "channel out of target and logits, or its number out of classes, or give an index mask and "
             "classes=range(1, number of classes)",
         )
-    stray = None if index is None else _stray_value(index, logits.shape[1], ignore_index)
+    stray = None if index is None else _stray_value(index, target, logits.shape[1], ignore_index)
     if stray is not None:
         yield (
             "stray",
@@ -57,9 +57,14 @@ def suspicions(
         )
 
 
-def _stray_value(index: Tensor, channels: int, ignore_index: int | None) -> int | None:
-    """A value of an index mask that is no class, as far as one can tell: one channel may stand for several classes."""
-    stray = (index < 0) | (index >= channels if channels > 1 else index == 255)
+def _stray_value(index: Tensor, masks: Tensor, channels: int, ignore_index: int | None) -> int | None:
+    """A value of the index mask that seems to be no class, or None.
+
+    With one channel, which may stand for several classes, only 255 and negative values are suspected.
+    """
+    lesion = (masks == 1).any(1)
+    index = index.reshape(lesion.shape)
+    stray = ~lesion & ((index < 0) | (index >= channels if channels > 1 else index == 255))
     if ignore_index is not None and _checks.holds(index.dtype, ignore_index):
         stray &= index != ignore_index
     return int(index[stray][0]) if bool(stray.any()) else None

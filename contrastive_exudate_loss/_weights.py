@@ -18,19 +18,20 @@ from contrastive_exudate_loss.pull import Pull
 # For a Pull without a tap's measurement, the supervised loss is differentiated at the features in each of the first
 # OFTEN training calls, then in every SELDOM-th.
 OFTEN, SELDOM = 100, 20
-STEPS = 20  # training calls after which a backward pass must have recorded something
+CALLS_WITHOUT_BACKWARD = 20  # training calls after which a missing backward pass is warned of
 
 
 class WeightedLoss(MaskLoss):
     """A loss whose density term has the weight alpha and whose edge term has the weight beta.
 
-    A constructor calls this one, then sets tap.
+    A subclass's constructor calls this one, and then sets tap.
     """
 
-    # Class attributes, which pickles of earlier versions lack.
-    _pull_state: dict[str, Tensor] | None = None  # made by the first Pull; no class, which weights_only=True refuses
+    # Class attributes, which pickles of earlier versions lack. The state, made by the first Pull, is a dictionary since
+    # torch.load(weights_only=True) refuses classes.
+    _pull_state: dict[str, Tensor] | None = None
     _pull_calls, _pull_known, _pull_pending = 0, False, False
-    _steps_to_look = STEPS
+    _calls_to_look = CALLS_WITHOUT_BACKWARD
     tap: FeatureTap | None = None
 
     def __init__(self, alpha: float | Pull, beta: float | Pull, ignore_index: int | None) -> None:
@@ -41,7 +42,7 @@ class WeightedLoss(MaskLoss):
         self.beta = beta
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "features":  # what the constructor calls it
+        if name == "features":  # the constructor's name for the tap
             raise AttributeError("features cannot be set; set criterion.tap = model")
         # nn.Module would register a model as a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
@@ -100,7 +101,7 @@ class WeightedLoss(MaskLoss):
         if state is not None and tap is not None and state["layer"] is not tap.norm:
             if self._pull_pending and not tap.norm.any():  # from the last backward pass, under another tap or loaded
                 tap.norm.copy_(state["layer"])
-            elif self._pull_pending:  # this tap's record is of another criterion
+            elif self._pull_pending:  # its record is of other passes
                 state["means"][pull.SEEN][1] = tap.norm[COUNT]
             tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
 
@@ -119,7 +120,8 @@ class WeightedLoss(MaskLoss):
         try:
             _checks.check_number(name, value, 0)
         except TypeError as error:
-            remedy = "give a tensor's value with .item()" if isinstance(value, Tensor) else "or give Pull(1.0)"
+            is_tensor = isinstance(value, Tensor)
+            remedy = f"give {name}.item()" if is_tensor else "for a weight that sets itself give Pull(1.0)"
             raise TypeError(f"{error}; {remedy}") from None
         # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
         return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)
@@ -135,7 +137,7 @@ class WeightedLoss(MaskLoss):
         Args:
             supervised: the supervised loss.
             features: for the terms.
-            is_tapped: whether they are as the tap gave them.
+            is_tapped: whether they come from the tap unchanged.
             over_ranks: whether all processes of torch.distributed are to use the same weights.
 
         Raises:
@@ -145,17 +147,17 @@ class WeightedLoss(MaskLoss):
         if state["means"].device != features.device:
             state.update((name, tensor.to(features.device)) for name, tensor in state.items())
         used = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
-        if not (torch.is_grad_enabled() and features.requires_grad):
-            return self._with_numbers(pull.last_weights(state)), [features] * len(used)
         pulls = [weight if isinstance(weight, Pull) else None for weight in (self._alpha, self._beta)]
+        if not (torch.is_grad_enabled() and features.requires_grad):
+            return self._with_numbers(pull.last_weights(state, pulls)), [features] * len(used)
         # The state holds the last backward pass; measuring by hand below already overwrites it.
         averaged = sum_of_ranks if over_ranks else None
         weights = self._with_numbers(pull.advanced_weights(state, pulls, averaged, fused.switched_on(features)))
-        if not self._is_measured(supervised, features, is_tapped=is_tapped):
+        if not self._measured(supervised, features, is_tapped=is_tapped):
             raise ValueError(
-                "a weight that sets itself must be measured at features that the logits are made from, in first "
-                "steps that are neither compiled nor captured, got no such measurement; run some eager steps first, "
-                "give the features behind the logits, (B, C, h, w), or give a number such as beta=0.02"
+                "a Pull must be measured first, in eager training steps and at the features that the logits are made "
+                "from, got no measurement; run some steps before you compile or capture, give the features behind the "
+                "logits, (B, C, h, w), or give a number such as beta=0.02"
             )
         self._look_at_records(features)
         return weights, [
@@ -164,25 +166,29 @@ class WeightedLoss(MaskLoss):
 
     def _look_at_records(self, features: Tensor) -> None:
         """Warn once where the first training calls had no backward pass through the total."""
-        if not _checks.may_read(features) or self._steps_to_look == 0:
+        if not _checks.may_read(features) or self._calls_to_look == 0:
             return
-        self._steps_to_look -= 1
-        if self._steps_to_look == 0 and not bool(cast("dict[str, Tensor]", self._pull_state)["terms"][COUNT]):
+        self._calls_to_look -= 1
+        if self._calls_to_look == 0 and not bool(cast("dict[str, Tensor]", self._pull_state)["terms"][COUNT]):
             warnings.warn(
-                f"no backward pass came through the criterion's total in {STEPS} training calls, so its Pull stays 0; "
-                "differentiate what the criterion returns, or terms(...).total, not a sum of its parts",
+                f"no backward pass came through the criterion's total in {CALLS_WITHOUT_BACKWARD} training calls, so "
+                "its Pull stays 0; differentiate what the criterion returns, or terms(...).total, not a sum of its "
+                "parts",
                 stacklevel=5,
             )
 
     def _with_numbers(self, weights: Tensor) -> Tensor:
-        """The weights, in which those that are numbers are 0, with the numbers."""
+        """The weights, changed in place: each that is a number, and is 0 so far, gets that number."""
         for n, (weight, is_used) in enumerate(((self._alpha, self._uses_density), (self._beta, self._uses_edge))):
             if is_used and not isinstance(weight, Pull):
-                weights[n] += weight
+                weights[n].add_(weight)  # a copy from the CPU would make CUDA wait
         return weights
 
-    def _is_measured(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
-        """Measure the supervised loss if the tap does not; whether there are means or will be some."""
+    def _measured(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
+        """Measure the supervised loss by differentiating if the tap does not.
+
+        Returns whether there is a mean of it or will be one.
+        """
         state = cast("dict[str, Tensor]", self._pull_state)
         source, measured = None, False
         if self.tap is not None:
@@ -195,5 +201,5 @@ class WeightedLoss(MaskLoss):
         if self._pull_calls <= OFTEN or self._pull_calls % SELDOM == 0:
             source = features if source is None else source
             self._pull_known |= supervised.requires_grad and pull.differentiated(supervised, source, state)
-        self._pull_known = self._pull_known or pull.known(state)  # by what the tap measured before
+        self._pull_known = self._pull_known or pull.known(state)  # the tap may have measured in earlier calls
         return self._pull_known

@@ -27,12 +27,13 @@ _DATA_PARALLEL = (
 class Pass:
     """What a tap keeps of its model's last forward pass.
 
-    features: the layer's input as the criterion takes it, until it has.
-    given: the layer's input, for a Pull that measures there.
-    main: where the model's main logits were made.
-    runs: how often the layer ran.
-    is_running, ended: whether the model is, or has finished.
-    taken: whether a criterion has had the features.
+    features: the layer's input with the channels second; None once a criterion has taken it.
+    given: the layer's input as the layer got it, at which a Pull measures.
+    main: the place in the autograd graph where the model's main logits were made.
+    runs: how often the layer ran in this pass.
+    is_running: whether the pass is under way.
+    ended: whether it has finished.
+    taken: whether a criterion has taken the features.
     records: whether the backward pass will record the norm of the gradient at the layer's input.
     """
 
@@ -85,9 +86,9 @@ class FeatureTap:
         self._closed = False
         self.measures = False  # whether to record the norm of the gradient at the layer's input, for a Pull
         self.norm = torch.zeros(2)  # number of backward passes, and the norm in the last
-        self.looks: dict[Any, int] = {}  # how often to probe a way again
+        self.looks: dict[Any, int] = {}  # by the way from the main logits to a criterion's: probes still to be made
         self.chooses = layer is None
-        self.model = weakref.ref(model)
+        self.model_reference = weakref.ref(model)
         self._seen: dict[Node, graph.Run] = {}
         self._handles = {
             "begin": model.register_forward_pre_hook(_Hook(self, FeatureTap._begin)),
@@ -175,7 +176,7 @@ class FeatureTap:
 
     def __getstate__(self) -> dict[str, Any]:
         empty: dict[str, Any] = {name: {} for name in ("_handles", "_watchers", "_seen", "looks")}
-        return self.__dict__ | empty | {"last": Pass(), "model": None, "_closed": True}
+        return self.__dict__ | empty | {"last": Pass(), "model_reference": None, "_closed": True}
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if _recomputing():

@@ -599,17 +599,17 @@ class CombinedExudateLoss(WeightedLoss):
                 raise ValueError("logits must hold the levels of deep supervision, the finest first, got none")
             sizes = [tuple(level.shape[2:]) for level in logits if isinstance(level, Tensor) and level.dim() == 4]
             if len(sizes) < len(logits):
-                got = ", ".join(str(getattr(level, "shape", type(level).__name__)) for level in logits)
+                got = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in logits)
                 raise ValueError(
                     f"logits must be a tensor, or the levels of deep supervision, each (B, K, h, w), got a "
-                    f"{type(logits).__name__} of {got}; if the model returns more than its logits, give these alone, "
-                    "such as output[0]"
+                    f"{type(logits).__name__} of {got}; if the model returns more than its logits, give the logits "
+                    "alone, such as output[0]"
                 )
             if self.supervised is None:
                 raise ValueError(
                     "supervised must be given if logits are the levels of deep supervision, got None; give the loss "
                     "that weighs the levels, such as MONAI's DeepSupervisionLoss; if the model returns more than its "
-                    "logits, give these alone, such as output[0]"
+                    "logits, give the logits alone, such as output[0]"
                 )
             if math.prod(sizes[0]) < max(map(math.prod, sizes)):
                 raise ValueError(
@@ -640,13 +640,11 @@ class CombinedExudateLoss(WeightedLoss):
                 return binary_cross_entropy(logits, target, self.ignore_index, known=known)
         index = flat_index(target)
         if self.classes and max(self.classes) >= logits.shape[1]:
+            remedy = "give the network as many channels as there are classes, the background included"
+            if logits.shape[1] == 1 and len(self.classes) == 1:
+                remedy += f"; or leave classes out and give the mask (target == {self.classes[0]}), as (B, 1, H, W)"
             raise ValueError(
-                f"classes must be below the number of logits' channels, {logits.shape[1]}, got {self.classes}; give "
-                "the network as many channels as there are classes, the background included"
-                + (
-                    "; with one channel give a mask, (target == 1).unsqueeze(1), and no classes"
-                    * (logits.shape[1] == 1)
-                )
+                f"classes must be below the number of logits' channels, {logits.shape[1]}, got {self.classes}; {remedy}"
             )
         if _checks.may_read(target) and (target.is_cpu or not self._values_checked):
             _checks.check_index_values(index, logits.shape[1], self.ignore_index)
@@ -691,8 +689,8 @@ class CombinedExudateLoss(WeightedLoss):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(
                 "no gradient",
-                "supervised requires no gradient, so it trains nothing; give logits as the model made them, not "
-                "detached, and a loss that is differentiable with respect to them",
+                "the supervised loss has no gradient, so it trains nothing; give the logits as the model made them, "
+                "not detached, and a loss that is differentiable with respect to them",
             )
 
     def _look_for_misuse(self, logits: Tensor, mask: Tensor, index: Tensor | None = None) -> None:

@@ -77,9 +77,10 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
         if features.grad_fn is not None and not graph.of_one_pass(made, features.grad_fn):
             raise ValueError(
                 f"logits must come from the tapped model's last forward pass, like the features of {tap}, got those of "
-                "another pass, model or output; call the criterion before the next pass; tap before torch.compile; "
-                "give a copy of the model, such as an average of its weights, a criterion of its own; tap another "
-                "output than the first by FeatureTap(model, layer=NAME); or give the criterion the features yourself"
+                "another pass, model or output; if the model has run again since, call the criterion before that; if "
+                "it was compiled before it was tapped, tap it first; if these are logits of a copy, such as an average "
+                "of the weights, give the copy a criterion of its own; if they are another output than the first, give "
+                "FeatureTap(model, layer=NAME); or give the criterion the features yourself"
             )
         if tap.chooses and main is not None and main.node not in graph.nodes_behind(made):
             raise ValueError(
@@ -129,15 +130,15 @@ def _check_way(tap: FeatureTap, logits: Tensor, main: GradientEdge, since: Seque
         raise ValueError(
             "logits must show each image and pixel where the tapped model's own logits do, apart from resizing, but "
             "these were cut, padded, flipped, permuted, reordered or put together since, and the tapped features were "
-            "not; call the criterion before that, or give it features that were treated alike; if images are padded, "
-            "pad the target too, with ignore_index"
+            "not; call the criterion before that, or give it features that were changed in the same way; if images are "
+            "padded, pad the target too, with ignore_index"
         )
     tap.looks[way] = (LOOKS_AT_AN_INDEX if graph.has_index(steps) else 1) - 1 if looks is None else looks - 1
 
 
 def _check_layers(tap: FeatureTap, steps: Iterable[Node]) -> None:
     """Raise if a layer with parameters lies between the main logits and those of the criterion."""
-    model = tap.model()
+    model = tap.model_reference()
     for step in steps:
         for parameter in graph.parameters_of(step):
             names = () if model is None else model.named_parameters()

@@ -126,9 +126,13 @@ def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor
     return True
 
 
-def last_weights(state: dict[str, Tensor]) -> Tensor:
-    """The weights of density and edge that advanced_weights gave last, (2,), float32."""
-    return state["means"][USED].clone()
+def last_weights(state: dict[str, Tensor], pulls: Sequence[Pull | None]) -> Tensor:
+    """The weights of density and edge that advanced_weights gave last, 0 for what is no Pull now, (2,), float32."""
+    weights = state["means"][USED].clone()
+    for weight, pull in zip(weights, pulls, strict=True):
+        if pull is None:
+            weight.zero_()
+    return weights
 
 
 def measured_features(features: Tensor, state: dict[str, Tensor], term: int, weights: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ def _advanced(
     summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
-        # Each operator is a launch on CUDA, so that three norms are treated at once.
+        # Each operator is a launch on CUDA, so the three norms are one tensor.
         zero = terms.new_zeros(())
         seen = torch.stack([terms[COUNT], layer[COUNT], hand[COUNT]])
         is_new, at_layer, by_hand = (seen != means[SEEN]).unbind()
@@ -218,7 +222,7 @@ def _advanced(
         shares.addcmul_(rate, 1 - shares)
         means[SEEN] = seen
         means[STEP].add_(1)
-        # If either mean is missing, this is 0 / 0 or a division by 0.
+        # NaN where a mean is missing, infinite where the term's is 0: both give the weight 0.
         mean, used = sums / shares, means[USED]
         used.copy_((mean[0] / mean[1:]).nan_to_num(0, 0, 0))
         for n in (0, 1):

@@ -60,9 +60,9 @@ OPTIONS = [
     (BOTH, {"temperature": 10**400}, ValueError, "temperature must be a number >= 0.001 and finite in float32"),
     ((*BOTH, Combined), {"ignore_index": 2**70}, ValueError, "ignore_index must fit int64"),
     ((Combined,), {"alpha": math.nan}, ValueError, "alpha must be a number >= 0 and finite in float32, got nan"),
-    ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "float32, got tensor(0.1000) of type Tensor; give a tensor's value with .item()"),
+    ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "float32, got tensor(0.1000) of type Tensor; give alpha.item()"),
     ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite in float32, got inf"),
-    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str; or give Pull(1.0)"),
+    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str; for a weight that sets itself give Pull(1.0)"),
     ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got 'bce'"),
     ((Combined,), {"supervised": torch.nn.BCELoss}, TypeError, "supervised must be None or callable as (logits, target)"),
     ((Combined,), {"alpha": torch.nn.BCEWithLogitsLoss()}, TypeError, "alpha must be a number or a Pull, got a BCEWithLogitsLoss; give a model as features= and a loss as supervised="),
@@ -124,9 +124,10 @@ TENSORS = [
     ("target", spoiled(2), ValueError, "if 2 marks lesions, give target == 2; if it marks pixels to leave out, ignore_index=2"),
     ("target", torch.linspace(0, 240, 16).round().expand(2, 1, 16, 16), ValueError, "a grey mask, as JPEG files and resizing give, make it hard by target > 127"),
     ("target", {"masks": MASK}, TypeError, "got dict; give one of its values: output['masks']"),
+    ("target", 3 + spoiled(1), ValueError, "got 3, 4 (dtype torch.float32); if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, 5)"),
     ("target", spoiled(-1).long(), ValueError, "target must hold only 0 and 1, got -1"),
     ("target", spoiled(math.nan), ValueError, "target must hold only 0 and 1, got nan"),
-    ("target", spoiled(math.inf), ValueError, "got inf (dtype torch.float32); find where it becomes NaN or infinite"),
+    ("target", spoiled(math.inf), ValueError, "got inf (dtype torch.float32); find the step that makes NaN or infinity"),
     ("logits", torch.zeros(2, 16, 16), ValueError, "logits must be (B, K, H, W), got (2, 16, 16); add the class axis"),
     ("logits", torch.zeros(3, 1, 16, 16), ValueError, "logits must be (B, K, H, W) = (2, 1, 16, 16) like target, got (3, 1, 16, 16); logits and target must come from the same batch"),
     ("logits", torch.zeros(1, 1, 16, 16), ValueError, "got (1, 1, 16, 16); logits and target must come from the same batch"),
@@ -159,6 +160,19 @@ def test_bad_tensors_are_refused(module, name, value, error, text):
 def test_too_few_logits_channels_are_told_from_a_wrong_size():
     with pytest.raises(ValueError, match="give one target channel of 0 and 1 per lesion class"):
         Combined.paper()(LOGITS, MASK.repeat(1, 2, 1, 1), FEATURES)
+
+
+def test_a_value_beside_the_ignored_one_may_be_either():
+    with pytest.raises(ValueError, match=r"got 3 .* say which values are lesion, as in target == value"):
+        Density(ignore_index=2)(FEATURES, spoiled(3))
+
+
+def test_one_target_channel_more_than_logits_may_be_the_background():
+    mask = MASK.repeat(1, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"if the first channel is the background, give target\[:, 1:\]"):
+        Combined.paper()(LOGITS.repeat(1, 2, 1, 1), mask, FEATURES)
+    with pytest.raises(ValueError, match=r"and as many logit channels$"):
+        Combined.paper()(LOGITS, mask, FEATURES)
 
 
 @pytest.mark.parametrize(

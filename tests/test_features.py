@@ -409,7 +409,7 @@ def test_features_that_a_criterion_let_go_are_gone_until_the_next_pass(way):
     torch.testing.assert_close(tap.features, body(net))
 
 
-@pytest.mark.filterwarnings("ignore:supervised requires no gradient")
+@pytest.mark.filterwarnings("ignore:the supervised loss has no gradient")
 def test_detached_logits_are_taken():
     net = Net()
     tap = FeatureTap(net, "head")

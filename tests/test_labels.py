@@ -308,7 +308,7 @@ def test_deep_supervision_needs_a_loss():
 def test_a_models_other_outputs_are_no_levels():
     logits, index, features = batch(classes=1)
     for output in ((logits, logits.mean((2, 3))), (logits, None), (logits,)):
-        with pytest.raises(ValueError, match=r"if the model returns more than its logits, give these alone"):
+        with pytest.raises(ValueError, match=r"if the model returns more than its logits, give the logits alone"):
             CombinedExudateLoss(**FIXED)(output, (index > 0).unsqueeze(1), features)
 
 

@@ -97,7 +97,7 @@ def test_a_background_channel_among_the_lesions():
     assert not warned(CombinedExudateLoss.paper(), (logits, target, features))
 
 
-@pytest.mark.parametrize("value", [255, -100])
+@pytest.mark.parametrize("value", [255, -1, -100])
 def test_a_value_of_an_index_mask_that_only_the_given_loss_ignores(value):
     logits, _, features = batch(classes=3)
     index = torch.zeros(2, 16, 16, dtype=torch.int64)
@@ -109,8 +109,26 @@ def test_a_value_of_an_index_mask_that_only_the_given_loss_ignores(value):
     assert text.startswith(f"target holds {value}, which the terms take for background; if supervised ignores")
     told = CombinedExudateLoss(0.02, 0.1, supervised=supervised, classes=[1, 2], ignore_index=value)
     assert not warned(told, *[(logits, index, features)] * 3)
-    index[:, :2] = 2
+    told.supervised = lambda logits, index: nn.functional.cross_entropy(logits, index.clamp(0, 2))
+    index[:, 2:4] = 77
+    (text,) = warned(told, (logits, index, features))
+    assert text.startswith("target holds 77")
+    index[:, :4] = 2
     assert not warned(criterion, (logits, index, features))
+
+
+def test_a_class_beyond_the_channels_of_a_given_loss_is_no_stray_value():
+    logits, _, features = batch(classes=4)
+    index = torch.zeros(2, 1, 16, 16, dtype=torch.int64)
+    index[:, :, 4:9, 4:9] = 4
+
+    def of_each_lesion(logits, index):
+        masks = torch.cat([index == n for n in range(1, 5)], 1).float()
+        return nn.functional.binary_cross_entropy_with_logits(logits, masks)
+
+    assert not warned(
+        CombinedExudateLoss(0.02, 0.1, supervised=of_each_lesion, classes=range(1, 5)), (logits, index, features)
+    )
 
 
 def test_one_channel_may_stand_for_several_classes():
@@ -121,6 +139,8 @@ def test_one_channel_may_stand_for_several_classes():
 
     criterion = CombinedExudateLoss(0.02, 0.1, supervised=of_any_lesion, classes=[1, 4])
     assert not warned(criterion, (logits, (4 * target[:, 0]).long(), features))
+    of_255 = CombinedExudateLoss(0.02, 0.1, supervised=of_any_lesion, classes=[255])
+    assert not warned(of_255, (logits, (255 * target[:, 0]).long(), features))
     assert len(warned(criterion, (logits, (255 * target[:, 0]).long(), features))) == 1
 
 
@@ -130,7 +150,7 @@ def test_a_supervised_loss_that_requires_no_gradient(supervised):
     criterion = CombinedExudateLoss(0.02, 0.1, supervised=supervised)
     calls = [(logits if supervised else logits.detach(), target, features)] * 3
     (text,) = warned(criterion, *calls)
-    assert text.startswith("supervised requires no gradient, so it trains nothing")
+    assert text.startswith("the supervised loss has no gradient, so it trains nothing")
     with torch.no_grad():
         assert not warned(CombinedExudateLoss(0.02, 0.1, supervised=supervised), *calls)
 

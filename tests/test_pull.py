@@ -193,6 +193,10 @@ def test_a_number_beside_a_pull_may_change_without_compiling_again():
     with torch.no_grad():
         criterion.alpha = 0.7  # since the last training call
         assert criterion.terms(net(images), target).alpha == pytest.approx(0.7)
+        criterion.alpha, criterion.beta = Pull(1.0), 0.02
+        assert criterion.terms(net(images), target).beta == pytest.approx(0.02)
+        criterion.beta = 0.0
+        assert criterion.terms(net(images), target).beta == 0
 
 
 @pytest.mark.parametrize("scale", [0.25, 1000.0])
@@ -271,7 +275,7 @@ def test_a_total_of_ones_own_is_warned_of_once():
         terms = criterion.terms(net(images), target)
         (terms.supervised + terms.beta * terms.edge).backward()
 
-    for _ in range(module_of_weights.STEPS - 1):
+    for _ in range(module_of_weights.CALLS_WITHOUT_BACKWARD - 1):
         step()
     with pytest.warns(UserWarning, match=r"no backward pass came through the criterion's total in 20 training calls"):
         step()
@@ -614,7 +618,7 @@ def test_features_behind_which_no_logits_lie_are_refused_at_the_first_training_c
     logits = torch.randn(2, 1, 48, 48, requires_grad=True)
     features = torch.randn(2, 8, 48, 48, requires_grad=True)
     target = batch(0)[1]
-    text = "measured at features that the logits are made from.*a number such as beta=0.02"
+    text = "a Pull must be measured .* at the features that the logits are made from.*a number such as beta=0.02"
     with pytest.raises(ValueError, match=text):
         CombinedExudateLoss()(logits, target, features)
     with torch.no_grad():
@@ -629,7 +633,7 @@ def test_compiled_from_the_first_step_with_features_by_hand_it_is_refused():
     torch.compiler.reset()
     compiled = torch.compile(criterion, backend="eager")
     features = net.body(images)
-    with pytest.raises(ValueError, match="run some eager steps first"):
+    with pytest.raises(ValueError, match="run some steps before you compile or capture"):
         compiled(net.head(features), target, features)
 
 

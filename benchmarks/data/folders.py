@@ -12,15 +12,19 @@ def paired_files(images: Path, masks: Path) -> list[Files]:
     """Each picture of the first folder, by name, with its mask in the second, None where there is none.
 
     A mask has its photograph's name, with or without something behind it that begins with "_", "-" or ".": the mask
-    of C0001.jpg may be C0001.png, C0001_EX.tif or C0001.lesion.gif. If the second folder holds maps of HEI-MED, these
-    are the masks, and only the photographs that have one count: its other pictures are of vessels.
+    of C0001.jpg may be C0001.png, C0001_EX.tif or C0001.lesion.gif. If the second folder holds maps of HEI-MED, they
+    are the masks; photographs without a map are left out, and pictures in that folder are not read as masks.
 
     Raises:
         DataError: a folder is absent or holds no picture, a photograph has several masks, or a mask no photograph.
     """
-    maps = sorted(masks.glob(f"*{hei_med.SUFFIX}"))
+    maps = sorted(path for path in masks.glob(f"*{hei_med.SUFFIX}") if not path.name.startswith("."))
     if maps:
-        return [Files(images / f"{own.name.removesuffix(hei_med.SUFFIX)}.jpg", own) for own in maps]
+        pairs = [Files(images / f"{own.name.removesuffix(hei_med.SUFFIX)}.jpg", own) for own in maps]
+        for pair in pairs:
+            if not pair.image.is_file():
+                raise DataError(f"'{pair.mask}' must have its photograph at '{pair.image}', but there is none")
+        return pairs
     photographs, others = _pictures("--images", images), _pictures("--masks", masks)
     found: dict[Path, list[Path]] = {photograph: [] for photograph in photographs}
     for mask in others:

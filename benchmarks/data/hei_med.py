@@ -1,10 +1,10 @@
 """The exudate masks of HEI-MED, whose folder DMED holds photographs, maps of labelled areas and the labels' names.
 
     DMED/(00000003).jpg
-    DMED/(00000003).map.gz      int32: one that is not read, width, height, then a label for each pixel, row by row
-    DMED/(00000003).GND         the number of labels, then a line for each, such as "Exudate 1"; others follow
+    DMED/(00000003).map.gz      int32: a number that is not used, width, height, then the label of each pixel, by rows
+    DMED/(00000003).GND         the number of labels, then one line per label, such as "Exudate 1", then other lines
 
-Label n is the n-th line's. Areas are outlined, not each lesion for itself.
+Label n is named by the n-th of these lines; 0 is background. A labelled area may hold several lesions.
 
 Reference: Giancardo et al. 2012, Medical Image Analysis 16(1), doi 10.1016/j.media.2011.07.004.
 """
@@ -23,7 +23,7 @@ def read_map(path: Path) -> npt.NDArray[np.bool_]:
     """Where a map has an area that its .GND calls an exudate, (H, W).
 
     Raises:
-        OSError, EOFError, ValueError: a file cannot be read, or the two do not fit each other.
+        OSError, EOFError, ValueError, zlib.error: a file cannot be read, or the two do not fit each other.
     """
     with gzip.open(path) as file:
         numbers = np.frombuffer(file.read(), "<i4")

@@ -8,6 +8,7 @@ and "b. Testing Set" likewise. A lesion that a photograph does not show has no f
 Reference: Porwal et al. 2018, IDRiD, doi 10.21227/H25W98.
 """
 
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,7 +140,7 @@ def read_mask(path: Path) -> Array:
     if path.name.endswith(hei_med.SUFFIX):
         try:
             return hei_med.read_map(path)
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(
                 f"'{path}' must be a map of HEI-MED beside its .GND, but cannot be read: {error}"
             ) from error

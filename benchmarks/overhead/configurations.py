@@ -39,8 +39,8 @@ def configurations() -> dict[str, Configuration]:
         "both, stride 256 / 60": Configuration(CombinedExudateLoss(*PAPER), cells=60),
         "both, a given supervised loss": Configuration(CombinedExudateLoss(*PAPER, supervised=_dice)),
         "hecl()": Configuration(CombinedExudateLoss.hecl()),
-        "BCE of a channel of the features": Configuration(_Channel(F.binary_cross_entropy_with_logits), alone),
-        "the default of it, tapped": Configuration(_Channel(), alone),
+        "BCE of a feature channel": Configuration(_LossOfAChannel(F.binary_cross_entropy_with_logits), alone),
+        "CombinedExudateLoss() of it, tapped": Configuration(_LossOfAChannel(), alone),
     }
 
 
@@ -59,18 +59,18 @@ def inputs_of(configuration: Configuration, device: str, *, images: int = 6, cha
     return tuple(batch[name] for name in configuration.inputs)
 
 
-class _Channel:
-    """A loss, by default CombinedExudateLoss() with a tap, of logits that a model takes out of the features."""
+class _LossOfAChannel:
+    """A loss, by default CombinedExudateLoss() with a tap, whose logits are the first channel of the features."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        self.model = nn.Sequential(_First())
+        self.model = nn.Sequential(_FirstChannel())  # since a tap needs a layer inside its model
         self.loss = CombinedExudateLoss(features=FeatureTap(self.model, "0")) if loss is None else loss
 
     def __call__(self, features: Tensor, target: Tensor) -> Tensor:
         return self.loss(self.model(features), target)
 
 
-class _First(nn.Module):
+class _FirstChannel(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return features[:, :1]
 

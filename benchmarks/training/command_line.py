@@ -122,7 +122,7 @@ def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         "--masks",
         type=Path,
         metavar="DIR",
-        help="lesion masks, named like the photographs, such as C01_EX.png for C01.jpg",
+        help="lesion masks, named like the photographs, such as C01_EX.png for C01.jpg; or HEI-MED's folder DMED",
     )
 
 

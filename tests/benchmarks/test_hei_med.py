@@ -45,10 +45,19 @@ def test_what_does_not_fit_is_said(labels, names, message, tmp_path):
         read_sample(files, size=3)
 
 
-def test_a_map_that_ends_too_early_is_said(tmp_path):
+def test_a_map_without_its_photograph_is_said_and_hidden_files_are_none(tmp_path):
+    write(tmp_path)
+    (tmp_path / "._(00000007).map.gz").write_bytes(b"")
+    assert len(paired_files(tmp_path, tmp_path)) == 1
+    with pytest.raises(DataError, match=r"must have its photograph at '.*absent.*jpg', but there is none"):
+        paired_files(tmp_path / "absent", tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [lambda whole: whole[:-12], lambda whole: whole[:10] + b"\xff" + whole[11:]])
+def test_a_damaged_map_is_said(damaged, tmp_path):
     write(tmp_path)
     path = tmp_path / "(00000007).map.gz"
-    path.write_bytes(path.read_bytes()[:-12])
+    path.write_bytes(damaged(path.read_bytes()))
     (files,) = paired_files(tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"beside its \.GND, but cannot be read"):
         read_sample(files, size=3)

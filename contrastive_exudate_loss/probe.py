@@ -154,9 +154,9 @@ def _pulled_back(gradient: Tensor, output: int, main: GradientEdge, steps: Seque
 
 
 def _one_step(step: Any, given: dict[int, Tensor]) -> Sequence[Tensor | None] | None:
-    """The gradients at a node's inputs, given those at its outputs, by their numbers."""
+    """The gradients at a node's inputs, given those at its outputs, by their numbers; as many as are told."""
     if not given:
-        return [None] * len(step.next_functions)
+        return ()
     gradients = [given.get(output) for output in range(len(_expected(step)))]
     if isinstance(step, torch.autograd.function.BackwardCFunction):
         # A user's own function may count its calls. It is taken to leave pixels in place if the sizes allow that.

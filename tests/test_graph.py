@@ -22,6 +22,14 @@ def test_the_nodes_since_the_main_logits_leave_out_the_model():
     assert [step.name() for step in steps] == ["AddBackward0", "SigmoidBackward0", "MulBackward0"]
 
 
+def test_nodes_older_than_the_main_logits_are_left_out():
+    before = torch.rand(2, requires_grad=True).exp().sin()
+    main = torch.rand(2, requires_grad=True).cos()
+    nodes = graph.nodes_since(main.grad_fn, (main * before).grad_fn)
+    assert {node.name() for node in nodes} >= {"MulBackward0", "CosBackward0"}
+    assert "ExpBackward0" not in {node.name() for node in nodes}
+
+
 def test_the_nodes_since_others_hold_no_main_logits():
     features = torch.rand(1, 2, 4, 4, requires_grad=True) * 2
     logits, main = nn.Conv2d(2, 1, 1)(features), nn.Conv2d(2, 1, 1)(features)

@@ -119,16 +119,16 @@ class FeatureTap:
         if features is None and self._layer_name is not None and self.last.ended:
             raise RuntimeError(
                 f"the tap has no features: its model has run, but layer {self._layer_name!r}, as it was when tapped, "
-                "has not; if it was replaced since (a new head, PEFT's modules_to_save), or the model was compiled "
-                "before it was tapped, make a new FeatureTap(model); if the model skips this layer, name another with "
-                "FeatureTap(model, layer=NAME)"
+                "has not; if it was replaced since (a new head, PEFT's modules_to_save), make a new FeatureTap(model); "
+                "if the model was compiled before it was tapped, call torch.compiler.reset(); if it skips this layer, "
+                "name another with FeatureTap(model, layer=NAME)"
             )
         if features is None:
             raise RuntimeError(
                 "the tap has no features: its model has not run as model(images) since it was tapped, or only without "
                 "gradients, compiled, or in a reentrant checkpoint; run one eager forward pass with gradients first, "
-                "or give FeatureTap(model, layer=...); if the model was compiled before it was tapped, compile it "
-                "again; give a checkpoint use_reentrant=False"
+                "or give FeatureTap(model, layer=...); if the model was compiled before it was tapped, call "
+                "torch.compiler.reset(); give a checkpoint use_reentrant=False"
             )
         if self.last.runs > 1:
             raise RuntimeError(

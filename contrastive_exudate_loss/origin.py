@@ -78,9 +78,9 @@ def _check_origin(tap: FeatureTap, logits: Tensor, features: Tensor) -> None:
             raise ValueError(
                 f"logits must come from the tapped model's last forward pass, like the features of {tap}, got those of "
                 "another pass, model or output; if the model has run again since, call the criterion before that; if "
-                "it was compiled before it was tapped, tap it first; if these are logits of a copy, such as an average "
-                "of the weights, give the copy a criterion of its own; if they are another output than the first, give "
-                "FeatureTap(model, layer=NAME); or give the criterion the features yourself"
+                "it was compiled before it was tapped, call torch.compiler.reset(); if these are logits of a copy, "
+                "such as an average of the weights, give the copy a criterion of its own; if they are another output "
+                "than the first, give FeatureTap(model, layer=NAME); or give the criterion the features yourself"
             )
         if tap.chooses and main is not None and main.node not in graph.nodes_behind(made):
             raise ValueError(

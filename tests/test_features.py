@@ -756,6 +756,27 @@ def test_a_compiled_model_feeds_a_tap_whose_layer_is_given():
         torch.testing.assert_close(loss, CombinedExudateLoss.paper()(net[2](features), TARGET, features))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("tapped", ["model", "model that has run since", "wrapper"])
+def test_a_model_compiled_before_it_was_tapped_is_said_with_what_helps(tapped):
+    net = Net()
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(IMAGES)
+    tap = FeatureTap(compiled, "_orig_mod.head") if tapped == "wrapper" else FeatureTap(net, "head")
+    criterion = CombinedExudateLoss(0.02, 0.1, features=tap)
+    if "since" in tapped:
+        net(IMAGES)
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"compiled before it was tapped, call torch\.compiler\.reset\(\)"
+    ):
+        criterion(compiled(IMAGES), TARGET)
+    torch.compiler.reset()
+    torch.testing.assert_close(
+        criterion(compiled(IMAGES), TARGET), CombinedExudateLoss.paper()(net(IMAGES), TARGET, body(net))
+    )
+
+
 @pytest.mark.parametrize("head", [nn.Conv2d(6, 1, 1), nn.Linear(6, 1)], ids=lambda head: type(head).__name__)
 def test_the_features_of_a_compiled_pass_may_be_views(head):
     def outcome(net, x):

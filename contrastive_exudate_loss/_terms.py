@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_exudate_loss import _checks, fused
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss.contrast import CONTRASTS, contrast_loss, first_of_each_label
-from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
+from contrastive_exudate_loss.distributed import agreed, of_all_ranks, rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.masks import Regions, lesion_and_valid, side_by_side
 from contrastive_exudate_loss.patches import patch_sides
 from contrastive_exudate_loss.pooling import masked_sums
@@ -87,9 +87,9 @@ class PatchContrastLoss(MaskLoss):
         """How many embeddings of each label are selected, lowest sort_key first; None for all."""
         return None
 
-    def _for_kernels(self) -> fused.Density | fused.Edge | None:
-        """This term's options, where the kernels know them all; a subclass says so."""
-        return None
+    def _for_kernels(self) -> fused.Density | fused.Edge:
+        """What the kernels have to know of this term."""
+        raise NotImplementedError
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         """What to pool of a target, (B, K, H, W)."""
@@ -208,21 +208,39 @@ def _calls(
     if not terms or not fused.switched_on(features[0]):
         return None
     alike: dict[Any, list[int]] = {}
-    options = [term._for_kernels() for term in terms]
     for n, term in enumerate(terms):
-        key = id(features[n]), sides[n], _held(term.ignore_index, target), term.contrast
+        key = id(features[n]), sides[n], _held(term.ignore_index, target), term.contrast, _gathers(term)
         alike.setdefault(key, []).append(n)
-    calls = []
-    for (_, patch, ignored, contrast), members in alike.items():
-        function = fused.kernels(features[members[0]], target, patch)
-        if function is None or None in options:
-            return None
-        own = [options[n] for n in members]
-        density = next((option for option in own if isinstance(option, fused.Density)), None)
-        edge = next((option for option in own if isinstance(option, fused.Edge)), None)
+    calls: list[_Call] | None = []
+    for (_, patch, ignored, contrast, gathers), members in alike.items():
+        options = [terms[n]._for_kernels() for n in members]
+        density = next((option for option in options if isinstance(option, fused.Density)), None)
+        edge = next((option for option in options if isinstance(option, fused.Edge)), None)
         work = fused.Work(patch, ignored, contrast == "sup_con", density, edge)
-        calls.append(_Call(function, work, members))
+        function = fused.kernels(features[members[0]], target, patch)
+        if gathers:
+            work, function = _joint(work, function, features[members[0]], target)
+        if function is None:
+            calls = None
+        elif calls is not None:
+            calls.append(_Call(function, work, members))
     return calls
+
+
+def _joint(work: fused.Work, function: Any, features: Tensor, target: Tensor) -> tuple[fused.Work, Any]:
+    """Work for the embeddings of all processes, and its function: None on all of them where one cannot do it."""
+    lengths = *work.lengths(target), function is None
+    facts = features.shape[1], features.itemsize, target.shape[1]
+    by_rank = agreed(lengths, *facts, device=features.device)
+    rows = sum(density + edge for density, edge, _ in by_rank)
+    if any(unable for *_, unable in by_rank) or rows * target.shape[1] * features.shape[1] >= fused.OFFSETS:
+        function = None
+    return work._replace(ranks=tuple((density, edge) for density, edge, _ in by_rank)), function
+
+
+def _gathers(term: PatchContrastLoss) -> bool:
+    """Whether this call contrasts the embeddings of all processes."""
+    return term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
 
 
 def _held(ignore_index: int | None, target: Tensor) -> int | None:
@@ -232,7 +250,7 @@ def _held(ignore_index: int | None, target: Tensor) -> int | None:
 
 def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:
     """Mean over the classes that have a contrast: draw at random, gather from all processes, select, contrast."""
-    gathers = term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
+    gathers = _gathers(term)
     most = term._selected_count()
     losses, contrasted = [], []
     for candidates in classes:

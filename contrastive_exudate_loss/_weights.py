@@ -152,7 +152,7 @@ class WeightedLoss(MaskLoss):
             return self._with_numbers(pull.last_weights(state, pulls)), [features] * len(used)
         # The state holds the last backward pass; measuring by hand below already overwrites it.
         averaged = sum_of_ranks if over_ranks else None
-        weights = self._with_numbers(pull.advanced_weights(state, pulls, averaged, fused.switched_on(features)))
+        weights = self._with_numbers(pull.advanced_weights(state, pulls, averaged, fused.runs(features)))
         if not self._measured(supervised, features, is_tapped=is_tapped):
             raise ValueError(
                 "a Pull must be measured first, in eager training steps and at the features that the logits are made "

@@ -5,6 +5,7 @@ does: here the losses' gradients are added up, and averaging them then gives tha
 All of it uses the default process group; the communication is never compiled.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,15 +38,8 @@ def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tenso
     Raises:
         ValueError: the processes differ in C, in the dtype of vectors or in classes; every process raises it.
     """
-    facts = torch.tensor([len(vectors), vectors.shape[1], vectors.itemsize, classes], device=vectors.device)
-    lengths, *rest = _gathered(facts).T.tolist()
-    names = "channels of features", "bytes per value of features", "classes of target"
-    for name, values in zip(names, rest, strict=True):
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"features and target must agree on all processes with gather_distributed=True, got {name} by "
-                f"rank: {', '.join(map(str, values))}"
-            )
+    facts = [len(vectors)], vectors.shape[1], vectors.itemsize, classes
+    lengths = [length for (length,) in agreed(*facts, device=vectors.device)]
     # cat promotes: one float64 column makes all of them float64.
     rows = torch.cat([vectors, *(column.detach()[:, None].to(vectors.device) for column in columns)], 1)
     rows = F.pad(rows, (0, 0, 0, max(1, *lengths) - len(rows)))
@@ -54,6 +48,36 @@ def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tenso
     found, *others = rows.split([vectors.shape[1], *(1 for _ in columns)], 1)
     flat = (other.detach().squeeze(1).to(column.dtype) for other, column in zip(others, columns, strict=True))
     return found.to(vectors.dtype), *flat
+
+
+def agreed(
+    lengths: Sequence[int], channels: int, itemsize: int, classes: int, *, device: torch.device
+) -> list[list[int]]:
+    """The lengths of each rank, in the order of their ranks; every process must call it, with as many lengths.
+
+    Raises:
+        ValueError: the processes differ in channels, in itemsize or in classes; every process raises it.
+    """
+    facts = torch.tensor([channels, itemsize, classes, *lengths], device=device)
+    by_rank = _gathered(facts).tolist()
+    names = "channels of features", "bytes per value of features", "classes of target"
+    for n, name in enumerate(names):
+        values = [facts[n] for facts in by_rank]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"features and target must agree on all processes with gather_distributed=True, got {name} by "
+                f"rank: {', '.join(map(str, values))}"
+            )
+    return [facts[len(names) :] for facts in by_rank]
+
+
+def rows_of_all_ranks(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Of each rank (K, length, ...), without gradients; own is that of this rank."""
+    room = own
+    if own.shape[1] < max(lengths):
+        room = own.new_zeros((len(own), max(lengths), *own.shape[2:]))
+        room[:, : own.shape[1]] = own
+    return [block[:, :length] for block, length in zip(_gathered(room), lengths, strict=True)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type

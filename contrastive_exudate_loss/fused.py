@@ -13,10 +13,16 @@ OFFSETS = 2**31  # all below it, in an image and in the sums
 
 
 class Density(NamedTuple):
-    """What the kernels have to know of a density term."""
+    """What the kernels have to know of a density term.
+
+    most: how many embeddings of each label are taken; 0 for all.
+    at_random: whether these are drawn; else the densest and the sparsest are taken.
+    """
 
     threshold: float
     temperature: float
+    most: int = 0
+    at_random: bool = False
 
 
 class Edge(NamedTuple):
@@ -24,6 +30,8 @@ class Edge(NamedTuple):
 
     inner, outer: radii in sparse and in dense patches.
     threshold: lesion fraction above which a patch is dense.
+    per_image: whether a band has one embedding an image, else one a patch.
+    most: how many embeddings of each label are drawn; 0 for all.
     """
 
     inner: tuple[int, int]
@@ -32,6 +40,8 @@ class Edge(NamedTuple):
     isolate: bool
     threshold: float
     temperature: float
+    per_image: bool = False
+    most: int = 0
 
 
 class Work(NamedTuple):
@@ -40,6 +50,8 @@ class Work(NamedTuple):
     sides: patch height and width, in pixels.
     ignore_index: value of ignored pixels, which the target's dtype can hold; None where none is ignored.
     sup_con: whether the contrast is sup_con.
+    ranks: how many embeddings of a class each process has for the density and for the edge term, where all processes
+        contrast theirs together; None where each contrasts its own.
     """
 
     sides: tuple[int, int]
@@ -47,23 +59,34 @@ class Work(NamedTuple):
     sup_con: bool
     density: Density | None
     edge: Edge | None
+    ranks: tuple[tuple[int, int], ...] | None = None
+
+    def lengths(self, target: Tensor) -> tuple[int, int]:
+        """How many embeddings a class of the target can have for the density and for the edge term."""
+        batch, _, height, width = target.shape
+        patches = batch * -(-height // self.sides[0]) * -(-width // self.sides[1])
+        of_edge = 0 if self.edge is None else 2 * (batch if self.edge.per_image else patches)
+        return 0 if self.density is None else patches, of_edge
 
 
 def switched_on(features: Tensor) -> bool:
-    """Whether kernels are to be used where they can: on CUDA with Triton, in eager code, not for fake tensors."""
-    if not (KERNELS and features.is_cuda and type(features) is Tensor) or torch.compiler.is_compiling():
-        return False
-    return has_triton(features.device)
+    """Whether kernels are to be used where they can: on CUDA, in eager code, not for fake tensors."""
+    return KERNELS and features.is_cuda and type(features) is Tensor and not torch.compiler.is_compiling()
+
+
+def runs(features: Tensor) -> bool:
+    """Whether kernels are switched on and Triton works."""
+    return switched_on(features) and has_triton(features.device)
 
 
 def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
-    """Their torch.autograd.Function (fused_triton.Fused) where they can do these sizes; else None."""
+    """Their torch.autograd.Function (fused_triton.Fused) where Triton works and they can do these sizes; else None."""
     batch, classes, height, width = target.shape
     channels, rows, columns = features.shape[1:]
     sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * channels
     reach = sum((n - 1) * stride for n, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
     largest = max(sums, reach, height * width, height * rows, width * columns)
-    if channels > CHANNELS or largest >= OFFSETS:
+    if channels > CHANNELS or largest >= OFFSETS or not has_triton(features.device):
         return None
     from contrastive_exudate_loss.fused_triton import Fused
 

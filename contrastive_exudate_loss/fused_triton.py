@@ -1,18 +1,25 @@
-"""The terms, and binary cross-entropy with them, in six Triton kernels forward and one or two backward."""
+"""The terms, and binary cross-entropy with them, in six Triton kernels forward and one or two backward.
 
+Between pooling and contrast come a sum over each image, where a band has one embedding an image, and a seventh kernel,
+where only some embeddings are taken.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contrastive_exudate_loss.distributed import rank_and_count, rows_of_all_ranks, sum_of_ranks
 from contrastive_exudate_loss.fused import Density, Edge, Work
-from contrastive_exudate_loss.pairs_triton import add_up, gather, logsumexp, negatives, positives
+from contrastive_exudate_loss.pairs_triton import add_up, gather, logsumexp, negatives, positives, take
 from contrastive_exudate_loss.pooling_triton import pool, spread
 from contrastive_exudate_loss.supervised_triton import spread_over_logits
 
 # Sizes of tiles and numbers of warps that spill no registers on an H100, as `benchmarks/kernels.py` reads.
 PIXELS, CHANNELS, CELLS = 128, 32, 64  # of a patch, of features, of features to write at a time
 ROWS, GATHERED, SCANNED = 32, 64, 1024  # embeddings in a tile, to compact, labels to count at a time
+COMPARED = 128  # keys to compare with at a time
 LOGITS = 1024
 
 
@@ -35,64 +42,59 @@ class Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, classes, height, width = target.shape
         channels, rows, columns = features.shape[1:]
-        has_density, has_edge = work.density is not None, work.edge is not None
-        terms, masks = has_density + has_edge, has_density + 2 * has_edge
         side_y, side_x = work.sides
         patches = batch * -(-height // side_y) * -(-width // side_x)
-        total = masks * patches
-        first = patches if terms == 2 else total
+        density = work.density or Density(1.0, 1.0)
+        edge = work.edge or Edge((0, 0), (0, 0), False, False, 1.0, 1.0)
+        # Rows of a class: those of the density term, then those of the edge term.
+        first, band_rows = work.lengths(target)
+        total = first + band_rows
         target = target.contiguous()
         target = target.view(torch.uint8) if target.dtype == torch.bool else target
         logits = None if logits is None else logits.contiguous()
         ignores, ignored = work.ignore_index is not None, work.ignore_index or 0
-        density = work.density or Density(1.0, 1.0)
-        edge = work.edge or Edge((0, 0), (0, 0), False, False, 1.0, 1.0)
-        radii = edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1]
-        temperatures = density.temperature, edge.temperature
 
         options: Any = {"device": features.device, "dtype": torch.promote_types(features.dtype, torch.float32)}
-        whole: Any = {"device": features.device, "dtype": torch.int32}
         codes = torch.empty(target.shape, device=features.device, dtype=torch.uint8)
-        labels = torch.empty(classes * total, device=features.device, dtype=torch.int8)
-        sums, z, gradient = torch.empty(3, classes * total, channels, **options).unbind()
-        lengths, lse, weights = torch.empty(3, classes * total, **options).unbind()
-        index, counts = torch.empty(classes * total, **whole), torch.empty(terms * classes, 2, **whole)
+        sums = torch.empty(classes, total, channels, **options)
+        labels = torch.empty(classes, total, device=features.device, dtype=torch.int8)
+        keys = _keys(density, edge, labels, first)
+        bands = sums, labels, first, total
+        if edge.per_image:
+            size = classes, 2 * patches
+            bands = sums.new_empty(*size, channels), labels.new_empty(size), 0, 2 * patches
         supervised = None if logits is None else torch.empty(classes * patches, **options)
-        numbers = None if logits is None or not ignores else torch.empty(classes * patches, **whole)
-        wanted = *[logits is not None] * 3, has_density, has_edge
-        number, *outputs = (torch.empty((), **options) if want else None for want in wanted)
+        numbers = torch.empty_like(supervised, dtype=torch.int32) if supervised is not None and ignores else None
 
-        shape = batch, classes, channels, height, width, rows, columns, side_y, side_x
-        block = max(16, 1 << (channels - 1).bit_length())
-        tile = ROWS if block <= 64 else 16
-        gathered = min(GATHERED, max(16, 8192 // block))
-        programs = -(-max(first, total - first) // tile) + 1
-        losses = torch.empty(terms * classes, programs, **options)
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        shape = batch, classes, channels, height, width, rows, columns, side_y, side_x, total
+        has = work.density is not None, work.edge is not None
+        radii = edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1]
+        block = min(_block(channels), CHANNELS)
         with torch.cuda.device_of(features):  # Triton launches on the current device
             pool[classes * patches, -(-channels // CHANNELS)](
-                features, target, logits, codes, sums, labels, supervised, numbers, *features.stride(), *shape,
+                features, target, logits, codes, sums, labels, None if density.at_random else keys,
+                *bands, supervised, numbers, *features.stride(), *shape,
                 *radii, density.threshold, edge.threshold, ignored,
-                has_density, has_edge, edge.cross, edge.isolate, ignores, PIXELS, min(block, CHANNELS), num_warps=8,
+                *has, edge.cross, edge.isolate, ignores, PIXELS, block, num_warps=8,
             )  # fmt: skip
-            sizes = first, total, channels
-            gather[-(-max(first, total - first) // gathered), terms * classes](
-                sums, labels, z, lengths, index, counts, *sizes, terms, gathered, block, SCANNED
-            )
-            grid = programs, terms * classes
-            how = has_edge, terms, work.sup_con, tile, block, precision
-            logsumexp[grid](z, counts, lse, *sizes, *temperatures, *how)
-            positives[grid](z, counts, lse, weights, losses, gradient, *sizes, *temperatures, *how)
-            # From here on the sums are no longer read, and their gradient takes their place.
-            negatives[grid](
-                z, lengths, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how
-            )
-            add_up[1,](
-                losses, counts, supervised, numbers, *outputs, number,
-                classes, programs, classes * patches, target.numel(), alpha, beta, terms, work.sup_con, SCANNED,
-            )  # fmt: skip
-        ctx.save_for_backward(features, logits, target, codes, sums, number)
-        ctx.options = shape, has_density, has_edge, min(block, CHANNELS), alpha, beta, ignored, ignores
+            if edge.per_image:
+                torch.sum(bands[0].view(classes, band_rows, -1, channels), 2, out=sums[:, first:])
+                torch.amax(bands[1].view(classes, band_rows, -1), 2, out=labels[:, first:])
+            if density.at_random or edge.most:
+                most = density.most if density.at_random else 0, edge.most
+                labels = _taken(work, most, sums, labels, keys, first)
+            selects = density.most > 0 and not density.at_random
+            if work.ranks is not None:
+                sums, labels = _joined(sums, work.ranks), _joined(labels, work.ranks)
+                keys = _joined(keys, work.ranks) if selects and keys is not None else None
+                first = sum(length for length, _ in work.ranks)
+            if selects:
+                labels = _taken(work, (density.most, 0), sums, labels, keys, first)
+            outputs, number = _contrasted(work, sums, labels, first, supervised, numbers, target.numel(), alpha, beta)
+        # The sums have made room for their gradient.
+        by_sums = sums if work.ranks is None else _own(sums, work.ranks)
+        ctx.save_for_backward(features, logits, target, codes, by_sums, number)
+        ctx.options = shape, *has, edge.per_image, work.ranks is not None, block, alpha, beta, ignored, ignores
         ctx.set_materialize_grads(False)
         return tuple(output for output in outputs if output is not None)
 
@@ -117,18 +119,23 @@ class _Gradients(torch.autograd.Function):
         number: Tensor | None,
         *by_outputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        shape, has_density, has_edge, block, alpha, beta, ignored, ignores = options
+        shape, has_density, has_edge, per_image, joint, block, alpha, beta, ignored, ignores = options
         batch, _, channels, height, width, rows, columns, *_ = shape
         left = list(by_outputs)
         by_total, by_supervised = (left.pop(0), left.pop(0)) if logits is not None else (None, None)
         by_density, by_edge = left.pop(0) if has_density else None, left.pop(0) if has_edge else None
+        of_terms = by_total, by_density, by_edge, alpha, beta
+        if joint:  # each process differentiates its own loss, which for the terms is that of all
+            weighted = (alpha, by_density), (beta, by_edge)
+            by_terms = torch.stack([_by_term(by_sums, by_total, *of_term) for of_term in weighted])
+            of_terms = None, *sum_of_ranks(by_terms), 0.0, 0.0
         by_features = by_logits = None
         with torch.cuda.device_of(features):
             if wanted[0]:
                 by_features = torch.empty_like(features)
                 spread[-(-rows * columns // CELLS), batch, -(-channels // block)](
-                    by_features, codes, by_sums, by_total, by_density, by_edge, alpha, beta, *by_features.stride(),
-                    *shape, -(-height // rows), -(-width // columns), has_density, has_edge, CELLS, block,
+                    by_features, codes, by_sums, *of_terms, *by_features.stride(),
+                    *shape, -(-height // rows), -(-width // columns), has_density, has_edge, per_image, CELLS, block,
                 )  # fmt: skip
             if logits is not None and wanted[1]:
                 by_logits = torch.empty_like(logits)
@@ -140,3 +147,108 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError("the kernels have no second derivative; differentiate them once")
+
+
+def _by_term(like: Tensor, by_total: Tensor | None, weight: float, by_part: Tensor | None) -> Tensor:
+    """As factor of pooling_triton."""
+    if by_total is None:
+        return like.new_zeros(()) if by_part is None else by_part
+    return by_total * weight if by_part is None else torch.add(by_part, by_total, alpha=weight)
+
+
+def _block(channels: int) -> int:
+    """How many channels a tile of all has."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def _keys(density: Density, edge: Edge, labels: Tensor, first: int) -> Tensor | None:
+    """Room for the keys by which embeddings are taken, the random ones filled in; None where all are taken."""
+    if not (density.most or edge.most):
+        return None
+    keys = torch.empty_like(labels, dtype=torch.float64)
+    drawn = [*keys[:, :first]] if density.at_random else []
+    drawn += [*keys[:, first:]] if edge.most else []
+    for of_class in drawn:
+        torch.randperm(len(of_class), out=of_class)
+    return keys
+
+
+def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys: Tensor | None, first: int) -> Tensor:
+    """The labels, 0 beyond so many of a label in the density and the edge term; their sums are set to 0."""
+    classes, total, channels = sums.shape
+    sizes, longest, terms = _rows(work, first, total)
+    block, taken = _block(channels), torch.empty_like(labels)
+    take[-(-longest // GATHERED), terms * classes](
+        sums, labels, keys, taken, *sizes, channels, *most,
+        work.edge is not None, terms, GATHERED, block, COMPARED,
+    )  # fmt: skip
+    return taken
+
+
+def _rows(work: Work, first: int, total: int) -> tuple[tuple[int, int], int, int]:
+    """Of a class the rows of the first contrast and of all, the rows of the longest, and how many contrasts."""
+    if work.density is None or work.edge is None:
+        return (total, total), total, 1
+    return (first, total), max(first, total - first), 2
+
+
+def _joined(own: Tensor, ranks: Sequence[tuple[int, int]]) -> Tensor:
+    """(K, total, ...) of all processes, those for the density term first."""
+    blocks = rows_of_all_ranks(own, [sum(lengths) for lengths in ranks])
+    density = [block[:, :length] for block, (length, _) in zip(blocks, ranks, strict=True)]
+    edge = [block[:, length:] for block, (length, _) in zip(blocks, ranks, strict=True)]
+    return torch.cat([*density, *edge], 1)
+
+
+def _own(everyones: Tensor, ranks: Sequence[tuple[int, int]]) -> Tensor:
+    """What of _joined is this process's."""
+    rank = rank_and_count()[0]
+    parts = everyones.split([*(length for length, _ in ranks), *(length for _, length in ranks)], 1)
+    return torch.cat([parts[rank], parts[len(ranks) + rank]], 1)
+
+
+def _contrasted(
+    work: Work, sums: Tensor, labels: Tensor, first: int,
+    supervised: Tensor | None, numbers: Tensor | None, pixels: int, alpha: float, beta: float,
+) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+    """Total, cross-entropy and the loss of each term, as far as there are any, and the number of valid pixels.
+
+    Afterwards sums hold their gradient.
+
+    Args:
+        sums: (K, total, C): those of the density term first, as many as first says.
+        labels: (K, total), int8.
+        supervised, numbers: of each patch, as pool writes them.
+        pixels: of the target.
+    """
+    classes, total, channels = sums.shape
+    whole: Any = {"device": sums.device, "dtype": torch.int32}
+    rows, longest, terms = _rows(work, first, total)
+    sizes = *rows, channels
+    has_edge, block = work.edge is not None, _block(channels)
+    tile = ROWS if block <= 64 else 16
+    gathered = min(GATHERED, max(16, 8192 // block))
+    programs = -(-longest // tile) + 1
+    z, gradient = sums.new_empty(2, *sums.shape).unbind()
+    lengths, lse, weights = sums.new_empty(3, classes, total).unbind()
+    losses = sums.new_empty(terms * classes, programs)
+    index, counts = torch.empty(classes, total, **whole), torch.empty(terms * classes, 2, **whole)
+    wanted = *[supervised is not None] * 3, work.density is not None, has_edge
+    number, *outputs = (sums.new_empty(()) if want else None for want in wanted)
+    gather[-(-longest // gathered), terms * classes](
+        sums, labels, z, lengths, index, counts, *sizes, terms, gathered, block, SCANNED
+    )
+    grid = programs, terms * classes
+    temperatures = [part.temperature if part else 1.0 for part in (work.density, work.edge)]
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    how = has_edge, terms, work.sup_con, tile, block, precision
+    logsumexp[grid](z, counts, lse, *sizes, *temperatures, *how)
+    positives[grid](z, counts, lse, weights, losses, gradient, *sizes, *temperatures, *how)
+    # From here on the sums are no longer read, and their gradient takes their place.
+    negatives[grid](z, lengths, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how)
+    patches = 0 if supervised is None else len(supervised)
+    add_up[1,](
+        losses, counts, supervised, numbers, *outputs, number,
+        classes, programs, patches, pixels, alpha, beta, terms, work.sup_con, SCANNED,
+    )  # fmt: skip
+    return outputs, number

@@ -107,10 +107,10 @@ class PatchDensityContrastLoss(PatchContrastLoss):
     def _selected_count(self) -> int | None:
         return None if isinstance(self.select, str) else self.select
 
-    def _for_kernels(self) -> fused.Density | None:
-        if self._selected_count() is not None or self.max_patches is not None or self.gather_distributed:
-            return None
-        return fused.Density(self.threshold, self.temperature)
+    def _for_kernels(self) -> fused.Density:
+        at_random = self.max_patches is not None
+        most = self.max_patches if at_random else self._selected_count()
+        return fused.Density(self.threshold, self.temperature, most or 0, at_random)
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         return density_regions(target, sides, self.ignore_index)
@@ -217,12 +217,16 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
         _checks.check_flag("isolate_patches", self.isolate_patches)
         _checks.check_choice("scope", self.scope, ("patch", "image"))
 
-    def _for_kernels(self) -> fused.Edge | None:
-        if self.scope == "image" or self.max_patches is not None or self.gather_distributed:
-            return None
-        inner, outer = self._radii()
-        threshold = 1.0 if self.density_threshold is None else self.density_threshold  # no fraction is above 1
-        return fused.Edge(inner, outer, self.footprint == "cross", self.isolate_patches, threshold, self.temperature)
+    def _for_kernels(self) -> fused.Edge:
+        return fused.Edge(
+            *self._radii(),
+            cross=self.footprint == "cross",
+            isolate=self.isolate_patches,
+            threshold=1.0 if self.density_threshold is None else self.density_threshold,  # no fraction is above 1
+            temperature=self.temperature,
+            per_image=self.scope == "image",
+            most=self.max_patches or 0,
+        )
 
     def _radii(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of the inner and the outer band, in sparse and in dense patches."""

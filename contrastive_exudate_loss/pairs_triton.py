@@ -24,6 +24,46 @@ def _rows_of(contrast, first, total, terms: tl.constexpr):
     return contrast // terms * total + of_term * first, tl.where(of_term == 0, first, total - first)
 
 
+@triton.jit(do_not_specialize=[*_SIZES, "density_most", "edge_most"])
+def take(
+    sums, labels, keys, taken, first, total, channels, density_most, edge_most,
+    edge: tl.constexpr, terms: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, compared: tl.constexpr,
+):  # fmt: skip
+    """Those of each label with the lowest keys, the earlier first where keys are equal; one program some rows.
+
+    Args:
+        sums: (classes total, C), of which what is not taken is set to 0, and so has no gradient.
+        labels: (classes total,), int8: 0 without an embedding, 1 for label 0, 2 for label 1.
+        keys: (classes total,), float64.
+        taken: (classes total,), int8, to be written: labels, but 0 for what is not taken.
+        density_most, edge_most: how many of a label are taken; 0 for all.
+    """
+    contrast = tl.program_id(1)
+    start, n = _rows_of(contrast, first, total, terms)
+    begin = tl.program_id(0) * rows
+    if begin >= n:
+        return
+    most = density_most
+    if edge:
+        most = tl.where(contrast % terms == terms - 1, edge_most, density_most)
+    r = begin + tl.arange(0, rows)
+    label = tl.load(labels + start + r, r < n, 0)
+    if most > 0:
+        key = tl.load(keys + start + r, r < n, 0)
+        before = tl.zeros([rows], tl.int32)
+        for at in range(0, n, compared):
+            q = at + tl.arange(0, compared)
+            alike = tl.load(labels + start + q, q < n, 0)[None, :] == label[:, None]
+            other_key = tl.load(keys + start + q, q < n, 0)[None, :]
+            lower = (other_key < key[:, None]) | ((other_key == key[:, None]) & (q[None, :] < r[:, None]))
+            before += tl.sum((alike & lower).to(tl.int32), 1)
+        c = tl.arange(0, block)
+        left = (before >= most)[:, None] & (r < n)[:, None] & (c < channels)[None, :]
+        tl.store(sums + (start + r)[:, None] * channels + c[None, :], 0, left)
+        label = tl.where(before < most, label, 0)
+    tl.store(taken + start + r, label, r < n)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def gather(
     sums, labels, z, lengths, index, counts, first, total, channels,

@@ -11,7 +11,7 @@ import triton.language as tl
 from contrastive_exudate_loss.softplus_triton import softplus
 
 # Ints that would only compile the kernels anew: of the batch's size and of the options.
-_SIZES = ["batch", "classes", "height", "width", "rows", "columns", "side_y", "side_x"]
+_SIZES = ["batch", "classes", "height", "width", "rows", "columns", "side_y", "side_x", "total"]
 _RADII = ["inner", "outer", "dense_inner", "dense_outer", "ignored"]
 
 
@@ -23,11 +23,11 @@ def lesion_and_valid(target, at, inside, ignored, ignores: tl.constexpr):
     return valid & (value != 0), valid
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_RADII])
+@triton.jit(do_not_specialize=[*_SIZES, "band_first", "band_total", *_RADII])
 def pool(
-    features, target, logits, codes, sums, labels, supervised, numbers,
-    image, channel, row, column,
-    batch, classes, channels, height, width, rows, columns, side_y, side_x,
+    features, target, logits, codes, sums, labels, keys,
+    bands, band_labels, band_first, band_total, supervised, numbers, image, channel, row, column,
+    batch, classes, channels, height, width, rows, columns, side_y, side_x, total,
     inner, outer, dense_inner, dense_outer, density_threshold: tl.float64, edge_threshold: tl.float64, ignored,
     density: tl.constexpr, edge: tl.constexpr, cross: tl.constexpr, isolate: tl.constexpr, ignores: tl.constexpr,
     pixels: tl.constexpr, block: tl.constexpr,
@@ -39,8 +39,13 @@ def pool(
         target: (B, K, H, W), contiguous.
         logits: (B, K, H, W), contiguous; None without a supervised loss.
         codes: (B, K, H, W), uint8, to be written: the masks.
-        sums: (K, T, B, gh, gw, C), to be written, of T masks.
-        labels: (K, T, B, gh, gw), int8, to be written: 0 for an empty mask, 1 for label 0, 2 for label 1.
+        sums: (K, total, C), of whose rows of a class the first (B, gh, gw) are to be written if there is a density
+            term: of the valid pixels.
+        labels: (K, total), int8, to be written likewise: 0 for an empty mask, 1 for label 0, 2 for label 1.
+        keys: (K, total), float64, to be written likewise: lowest of the densest dense and the sparsest sparse patches;
+            None if nobody reads them.
+        bands, band_labels: (K, band_total, C) and (K, band_total), of whose rows those from band_first on, (2, B, gh,
+            gw), are to be written likewise if there is an edge term: of the inner and the outer band.
         supervised: (K, B, gh, gw), to be written: the sum of the pixels' cross-entropies.
         numbers: (K, B, gh, gw), int32, to be written: how many valid pixels, where pixels are ignored.
         inner, outer: radii, in pixels, in sparse patches; dense_inner, dense_outer in dense ones.
@@ -112,8 +117,8 @@ def pool(
             inner_band, outer_band = lesion & near_background, valid & (lesion == 0) & near_lesion
             inners += tl.sum(inner_band.to(tl.int32), 0)
             outers += tl.sum(outer_band.to(tl.int32), 0)
-            bands = inner_band.to(tl.uint8) + 2 * outer_band.to(tl.uint8)
-            code += 2 * bands if density else bands
+            in_bands = inner_band.to(tl.uint8) + 2 * outer_band.to(tl.uint8)
+            code += 2 * in_bands if density else in_bands
         at = (i * rows // height) * row + (j * columns // width) * column
         vectors = tl.load(features + c[:, None] * channel + at[None, :], (c < channels)[:, None] & inside[None, :], 0)
         vectors = vectors.to(sums.dtype.element_ty)
@@ -134,15 +139,17 @@ def pool(
         tl.store(supervised + patch, loss, tl.program_id(1) == 0)
         if ignores:
             tl.store(numbers + patch, valids, tl.program_id(1) == 0)
-    masks: tl.constexpr = density + 2 * edge
-    patch += (masks - 1) * k * patches  # of (K, T, B, gh, gw)
+    patch -= k * patches  # of (B, gh, gw)
     if density:
-        label = tl.where(fraction > density_threshold, 2, 1)
-        _store_sum(sums, labels, patch, c, channels, whole_sum, tl.where(valids > 0, label, 0))
-        patch += patches
+        dense = fraction > density_threshold
+        place = k * total + patch
+        _store_sum(sums, labels, place, c, channels, whole_sum, tl.where(valids > 0, tl.where(dense, 2, 1), 0))
+        if keys is not None:
+            tl.store(keys + place, tl.where(dense, -fraction, fraction), tl.program_id(1) == 0)
     if edge:
-        _store_sum(sums, labels, patch, c, channels, inner_sum, tl.where(inners > 0, 2, 0))
-        _store_sum(sums, labels, patch + patches, c, channels, outer_sum, tl.where(outers > 0, 1, 0))
+        place = k * band_total + band_first + patch
+        _store_sum(bands, band_labels, place, c, channels, inner_sum, tl.where(inners > 0, 2, 0))
+        _store_sum(bands, band_labels, place + patches, c, channels, outer_sum, tl.where(outers > 0, 1, 0))
 
 
 @triton.jit
@@ -162,15 +169,16 @@ def _store_sum(sums, labels, place, c, channels, total, label):
 def spread(
     by_features, codes, by_sums, by_total, by_density, by_edge, alpha: tl.float64, beta: tl.float64,
     image, channel, row, column,
-    batch, classes, channels, height, width, rows, columns, side_y, side_x,
-    per_row, per_column, density: tl.constexpr, edge: tl.constexpr, cells: tl.constexpr, block: tl.constexpr,
+    batch, classes, channels, height, width, rows, columns, side_y, side_x, total, per_row, per_column,
+    density: tl.constexpr, edge: tl.constexpr, per_image: tl.constexpr, cells: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """The features' gradient, one program some cells of an image and a block of channels: the sum over their pixels.
 
     Args:
         by_features: (B, C, h, w), floating, of the strides image, channel, row, column, to be written.
         codes: (B, K, H, W), uint8: the masks.
-        by_sums: (K, T, B, gh, gw, C): gradient by the sums under masks that are not empty.
+        by_sums: (K, total, C): gradient by the sums under masks that are not empty; of a class first those of the
+            density term, (B, gh, gw), then of the edge term (2, B, gh, gw), or (2, B) if per_image.
         by_total, by_density, by_edge, alpha, beta: as of factor.
         per_row, per_column: the most pixels of a cell along each axis.
     """
@@ -178,6 +186,7 @@ def spread(
     b = tl.program_id(1)
     c = tl.program_id(2) * block + tl.arange(0, block)
     y, x, inside = cell // columns, cell % columns, cell < rows * columns
+    image_of_cell = tl.full([cells], b, tl.int32)
     top, bottom = tl.cdiv(y * height, rows), tl.cdiv((y + 1) * height, rows)
     left, right = tl.cdiv(x * width, columns), tl.cdiv((x + 1) * width, columns)
     grid_y, grid_x = tl.cdiv(height, side_y), tl.cdiv(width, side_x)
@@ -192,10 +201,13 @@ def spread(
             i, j = top + n // per_column, left + n % per_column
             here = inside & (i < bottom) & (j < right)
             code = tl.load(codes + start + i * width + j, here, 0)
-            place = masks * k * patches + (b * grid_y + i // side_y) * grid_x + j // side_x
+            patch = (b * grid_y + i // side_y) * grid_x + j // side_x
             for t in tl.static_range(masks):
                 held = (((code >> t) & 1) != 0)[None, :] & (c < channels)[:, None]
-                by_sum = tl.load(by_sums + ((place + t * patches) * channels)[None, :] + c[:, None], held, 0)
+                place = k * total + t * patches + patch
+                if per_image and t >= density:
+                    place = k * total + density * patches + (t - density) * batch + image_of_cell
+                by_sum = tl.load(by_sums + (place * channels)[None, :] + c[:, None], held, 0)
                 gradient += by_sum * (density_factor if density and t == 0 else edge_factor)
     to = by_features + b.to(tl.int64) * image + c[:, None] * channel + (y * row + x * column)[None, :]
     tl.store(to, gradient.to(by_features.dtype.element_ty), inside[None, :] & (c < channels)[:, None])

@@ -1,5 +1,6 @@
 """Files of kernels once more, for Triton's interpreter, which runs on the CPU."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -8,6 +9,11 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
+
+from contrastive_exudate_loss import fused
+
+KERNELS = fused.kernels  # before any test puts another in its place
 
 
 @functools.cache
@@ -24,3 +30,46 @@ def interpreted(name):
         # Looking for integers that overflow takes half the time.
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
         return module
+
+
+@contextlib.contextmanager
+def new_tensors_hold_nan():
+    """Whoever reads what nobody wrote finds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def kernels_on(device):
+    """The kernels inside, in the interpreter or on CUDA; gives the work of each call."""
+    works = []
+    if device == "cuda":
+        function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
+    else:
+        from contrastive_exudate_loss import pull_triton
+
+        module = interpreted("fused_triton")
+        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8}
+        sizes |= {"COMPARED": 8, "LOGITS": 64}
+        patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
+        patches += [mock.patch.object(fused, name, return_value=True) for name in ("switched_on", "runs")]
+        patches += [new_tensors_hold_nan()]
+        advanced = interpreted("pull_triton").advanced_by_triton
+        patches += [mock.patch.object(pull_triton, "advanced_by_triton", advanced)]
+
+        def function(*_):
+            return module.Fused
+
+    class Counted:
+        @staticmethod
+        def apply(features, logits, target, work, *weights):
+            works.append((work, logits is not None))
+            return function(features, target, work.sides).apply(features, logits, target, work, *weights)
+
+    with contextlib.ExitStack() as stack:
+        for patch in (*patches, mock.patch.object(fused, "kernels", return_value=Counted)):
+            stack.enter_context(patch)
+        yield works

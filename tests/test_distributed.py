@@ -1,15 +1,18 @@
 """Laws of many processes: together they give the loss and the gradients of one that holds the whole batch."""
 
+import contextlib
 import copy
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from batches import TERMS, term
-from processes import on_ranks
+from interpreted import kernels_on
+from processes import LIMIT, on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +24,7 @@ from contrastive_exudate_loss import (
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
     _terms,
+    fused,
 )
 from contrastive_exudate_loss.distributed import of_all_ranks, rank_and_count, sum_of_ranks
 
@@ -101,6 +105,64 @@ def test_the_ranks_together_give_the_loss_and_gradients_of_the_whole_batch(share
     name, options = OPTIONS[case]
     results = on_ranks(len(share), tmp_path, gathered, name, options, share, 1, False)
     assert_all_equal(results, in_one_process(name, options, 1))
+
+
+def by_kernels(rank, count, function, calls, arguments):
+    """What a function of the rank gives with the kernels, which are called so many times on each rank."""
+    with kernels_on("cpu") as works:
+        found = function(rank, count, *arguments)
+    assert len(works) == calls
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", ["density, the best", "density, more patches allowed than there are", "edge, of images"]
+)
+def test_so_they_do_where_kernels_work_for_them(case, tmp_path):
+    name, options = OPTIONS[case]
+    arguments = name, options, (1, 5), 1, False
+    results = on_ranks(2, tmp_path, by_kernels, gathered, 1, arguments, limit=3 * LIMIT)
+    assert_all_equal(results, in_one_process(name, options, 1))
+
+
+def criterion_of_both(gathers):
+    options = {"patch_size": 8, "ignore_index": -1, "gather_distributed": gathers}
+    return CombinedExudateLoss(
+        0.3,
+        0.7,
+        density=PatchDensityContrastLoss(threshold=0.4, **options),
+        edge=PatchEdgeContrastLoss(max_patches=10**4, **options),
+        ignore_index=-1,
+    )
+
+
+def both_together(rank, count, unable):
+    images, weight, target = batch()
+    own = slice(3 * rank, 3 * rank + 3)
+    size = 32 - 8 * rank
+    features = features_of(images[own, :, : size // 2, : size // 2], weight)
+    target = target[own, :, :size, :size]
+    with contextlib.ExitStack() as stack:
+        if rank == unable:
+            stack.enter_context(mock.patch.object(fused, "kernels", return_value=None))
+        logits = features.new_zeros(target.shape).requires_grad_()
+        terms = criterion_of_both(True).terms(logits, target, features)
+    by_weight, by_logits = torch.autograd.grad(2 * terms.total + terms.edge, (weight, logits))
+    valid = target != -1
+    torch.testing.assert_close(by_logits, 2 * valid * (0.5 - target) / valid.sum())
+    return terms.density.detach(), averaged(by_weight)
+
+
+@pytest.mark.parametrize(("unable", "calls"), [(None, 1), (1, 0)])
+def test_kernels_work_for_all_ranks_whatever_their_sizes_or_for_none(unable, calls, tmp_path):
+    images, weight, target = batch()
+    target[3:, :, 24:], target[3:, :, :, 24:] = -1, -1
+    terms = criterion_of_both(False).terms(
+        torch.zeros_like(target, requires_grad=True), target, features_of(images, weight)
+    )
+    wanted = terms.density.detach(), torch.autograd.grad(2 * terms.total + terms.edge, weight)[0]
+    results = on_ranks(2, tmp_path, by_kernels, both_together, calls, (unable,), limit=3 * LIMIT)
+    assert_all_equal(results, wanted)
 
 
 @shares

@@ -1,14 +1,13 @@
 """The Triton kernels of the terms give what the plain way gives; Triton's interpreter runs them on the CPU."""
 
 import contextlib
-from unittest import mock
 
 import pytest
 import torch
 from batches import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import interpreted
+from interpreted import KERNELS, kernels_on
 from monai.losses import DiceLoss
 from strategies import CONTRASTS, density_options, edge_options, features_for, masks
 from torch.nn import functional as F
@@ -26,48 +25,8 @@ pull_triton = pytest.importorskip("contrastive_exudate_loss.pull_triton")
 # 0 / 0 and overflow, which the kernel means and of which the interpreter's NumPy warns.
 not_finite = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-KERNELS = fused.kernels  # before any test puts another in its place
 # Of values, and of gradients beside their largest element.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@contextlib.contextmanager
-def new_tensors_hold_nan():
-    """Whoever reads what nobody wrote finds NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def kernels_on(device):
-    """The kernels inside, in the interpreter or on CUDA; gives the work of each call."""
-    works = []
-    if device == "cuda":
-        function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
-    else:
-        module = interpreted("fused_triton")
-        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8, "LOGITS": 64}
-        patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
-        patches += [mock.patch.object(fused, "switched_on", return_value=True), new_tensors_hold_nan()]
-        advanced = interpreted("pull_triton").advanced_by_triton
-        patches += [mock.patch.object(pull_triton, "advanced_by_triton", advanced)]
-
-        def function(*_):
-            return module.Fused
-
-    class Counted:
-        @staticmethod
-        def apply(features, logits, target, work, *weights):
-            works.append((work, logits is not None))
-            return function(features, target, work.sides).apply(features, logits, target, work, *weights)
-
-    with contextlib.ExitStack() as stack:
-        for patch in (*patches, mock.patch.object(fused, "kernels", return_value=Counted)):
-            stack.enter_context(patch)
-        yield works
 
 
 def results(criterion, *inputs):
@@ -103,9 +62,9 @@ def calls(draw):
     features = draw(features_for(len(target), channels=(2, 3), side=(1, 10)))
     sides = draw(st.sampled_from([{"patch_size": 4}, {"patch_size": 30}, {"num_patches": 2}]))
     contrast = {"contrast": draw(st.sampled_from(CONTRASTS)), "ignore_index": ignore_index}
-    keep = ("threshold", "temperature")
+    keep = ("threshold", "temperature", "select")
     density = {name: value for name, value in draw(density_options()).items() if name in keep} | sides | contrast
-    keep = ("footprint", "isolate_patches", "density_threshold", "temperature")
+    keep = ("footprint", "isolate_patches", "scope", "density_threshold", "temperature")
     edge = {name: value for name, value in draw(edge_options()).items() if name in keep} | sides | contrast
     radii = st.sampled_from([1, 2] if edge["density_threshold"] is None else [1, (1, 2), (2, 1), (1, 3)])
     edge |= {"inner_radius": draw(radii), "outer_radius": draw(radii)}
@@ -121,7 +80,8 @@ def calls(draw):
 
 
 @devices
-@settings(max_examples=25)
+@pytest.mark.filterwarnings("ignore:edge has scope='image'")
+@settings(max_examples=40)
 @given(call=calls())
 def test_kernels_equal_the_plain_way(device, call):
     assert_the_same(device, *call)
@@ -246,15 +206,36 @@ def test_terms_that_differ(device, density, edge, calls):
 
 
 @devices
-@pytest.mark.parametrize("density", [{"select": 2}, {"max_patches": 1000}, {"gather_distributed": True}])
-def test_what_the_kernels_do_not_know_goes_the_plain_way(device, density):
-    assert_the_same(device, criteria(density=density), *small(), calls=0)
+@pytest.mark.parametrize(
+    ("density", "edge"),
+    [
+        ({"max_patches": 2}, {}),
+        ({"max_patches": 3}, {"max_patches": 2}),
+        ({"select": 2}, {"max_patches": 2, "contrast": "nt_xent"}),
+        ({"select": 2}, {"max_patches": 2, "contrast": "sup_con"}),
+        ({}, {"max_patches": 2, "scope": "image"}),
+        ({"max_patches": 1000}, {"scope": "image"}),
+    ],
+)
+def test_the_same_embeddings_are_drawn(device, density, edge):
+    target = small(images=3)[1].repeat(1, 2, 1, 1)
+    inputs = [tensor.to(device) for tensor in (torch.randn(3, 2, 8, 8), target, torch.randn(3, 3, 8, 8))]
+    inputs = [tensor.double().requires_grad_(n != 1) for n, tensor in enumerate(inputs)]
+    found = []
+    for ways in (contextlib.nullcontext(), kernels_on(device)):
+        torch.manual_seed(0)
+        with ways as works:
+            found.append(results(criteria(density=density, edge=edge), *inputs))
+    assert works
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
 @devices
-@pytest.mark.parametrize("edge", [{"scope": "image"}, {"max_patches": 1000}, {"gather_distributed": True}])
-def test_what_the_kernels_do_not_know_of_the_edge_goes_the_plain_way(device, edge):
-    assert_the_same(device, criteria(edge=edge), *small(), calls=0)
+@pytest.mark.parametrize("options", [{}, {"ignore_index": -1}])
+def test_hecl(device, options):
+    logits, target, features = small(ignored=options.get("ignore_index"), size=20, classes=2)
+    target[0, 0, :8, :8] = 1
+    assert_the_same(device, CombinedExudateLoss.hecl(**options), logits, target, features)
 
 
 @devices
@@ -399,23 +380,25 @@ def test_the_target_is_checked_in_the_first_call(device):
 def test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton(monkeypatch):
     features = torch.empty(1, 4, 8, 8)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(fused, "has_triton", lambda _: True)
     assert not fused.switched_on(features)
     monkeypatch.setattr(fused, "KERNELS", True)
     assert fused.switched_on(features)
+    for works in (False, True):
+        monkeypatch.setattr(fused, "has_triton", lambda _, works=works: works)
+        assert fused.runs(features) == works
     assert not fused.switched_on(torch.nn.Parameter(features))
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not fused.switched_on(features)
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "has_triton", lambda _: False)
         assert not fused.switched_on(features)
     monkeypatch.setattr(torch.Tensor, "is_cuda", False)
     assert not fused.switched_on(features)
 
 
-def test_kernels_want_offsets_of_32_bits_and_tiles_that_fit():
+def test_kernels_want_triton_offsets_of_32_bits_and_tiles_that_fit(monkeypatch):
     features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
+    monkeypatch.setattr(fused, "has_triton", lambda _: False)
+    assert KERNELS(features, target, sides) is None
+    monkeypatch.setattr(fused, "has_triton", lambda _: True)
     assert KERNELS(features, target, sides) is not None
     assert KERNELS(torch.empty(1, 513, 8, 8), target, sides) is None
     assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None

@@ -6,14 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 from kernels import eager_counts, eager_table, host_table, kernels_on, register_table, register_uses
+from overhead.configurations import Configuration, inputs_of
 from overhead.eager import Launch, eager_launches
 from overhead.host import host_microseconds
 from overhead.registers import registers
 
-from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss
+from contrastive_exudate_loss import (
+    CombinedExudateLoss,
+    PatchDensityContrastLoss,
+    PatchEdgeContrastLoss,
+    _terms,
+    distributed,
+)
 
+fused_triton = pytest.importorskip("contrastive_exudate_loss.fused_triton")
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
+
+
+def of_both(**options):
+    parts = PatchDensityContrastLoss(**options), PatchEdgeContrastLoss(**options)
+    return CombinedExudateLoss(0.02, 0.1, density=parts[0], edge=parts[1])
 
 
 def test_eager_code_launches_as_much_as_is_recorded():
@@ -36,6 +49,30 @@ def test_these_launch_at_most_ten_with_cross_entropy_inside_and_fifteen_beside_a
     for name in ("both terms", "both, ignore_index", "both, stride 4", "both, stride 256 / 60"):
         assert sum(number for _, number in every(name)) <= 10
     assert sum(number for part, number in every("both, a given supervised loss") if part != "supervised") <= 15
+
+
+@pytest.mark.parametrize(
+    ("criterion", "launched"),
+    [
+        (CombinedExudateLoss.hecl(), 12),
+        (of_both(max_patches=64), 12),
+        (of_both(gather_distributed=True), 21),
+    ],
+    ids=["hecl", "max_patches", "gather_distributed"],
+)
+def test_options_that_come_between_pooling_and_contrast_cost_few_launches(criterion, launched, monkeypatch):
+    def gathered(own):
+        return torch.stack([own, own])  # one launch
+
+    for module in (_terms, fused_triton):
+        monkeypatch.setattr(module, "rank_and_count", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_gathered", gathered)
+    monkeypatch.setattr(torch.distributed, "all_reduce", torch.Tensor.neg_)
+    monkeypatch.setattr(_terms, "agreed", lambda lengths, *_, **__: [[*lengths]] * 2)
+    with kernels_on():
+        found = eager_launches(criterion, *inputs_of(Configuration(criterion), "meta"))
+    sizes = 2 if criterion.density.gather_distributed else 0  # what agreed launches
+    assert sum(map(len, found.values())) + sizes == launched
 
 
 def test_kernels_compile_for_an_h100_and_spill_no_register():

@@ -49,8 +49,7 @@ def kernels_on(device):
     if device == "cuda":
         function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
     else:
-        from contrastive_exudate_loss import pull_triton
-
+        pull_triton = importlib.import_module("contrastive_exudate_loss.pull_triton")
         module = interpreted("fused_triton")
         sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8}
         sizes |= {"COMPARED": 8, "LOGITS": 64}

@@ -21,7 +21,7 @@ from contrastive_exudate_loss import (
     pull,
 )
 
-pull_triton = pytest.importorskip("contrastive_exudate_loss.pull_triton")
+pytest.importorskip("contrastive_exudate_loss.pull_triton")
 # 0 / 0 and overflow, which the kernel means and of which the interpreter's NumPy warns.
 not_finite = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -29,7 +29,7 @@ ALLOWED = {
     "pooling_triton": {"softplus_triton"},
     "pairs_triton": {"softplus_triton"},
     "supervised_triton": {"pooling_triton", "softplus_triton"},
-    "fused_triton": {"fused", "pairs_triton", "pooling_triton", "supervised_triton"},
+    "fused_triton": {"distributed", "fused", "pairs_triton", "pooling_triton", "supervised_triton"},
     "fused": {"contrast", "fused_triton"},
     "_terms": {"_options", "fused", "masks"} | MIDDLE - {"features", "labels", "pull"},
     "_supervised": {"masks"},

@@ -94,11 +94,12 @@ def test_kernels_compile_for_an_h100_and_spill_no_register():
             ignore_index=-1,
         ),
         CombinedExudateLoss(0.02, 0.0),
+        CombinedExudateLoss.hecl(),
     ],
-    ids=["edge", "all options", "density"],
+    ids=["edge", "all options", "density", "hecl"],
 )
 def test_kernels_compile_with_other_options(criterion):
-    features, target = torch.rand(1, 7, 10, 11, requires_grad=True), torch.zeros(1, 2, 40, 40, dtype=torch.bool)
+    features, target = torch.rand(2, 7, 10, 11, requires_grad=True), torch.zeros(2, 2, 40, 40, dtype=torch.bool)
     target[:, :, 3:20, 5:19] = True
 
     def loss(features, target):

@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_exudate_loss.contrast import has_triton
 
 KERNELS = False  # on CUDA; off, since no GPU has run them yet
-CHANNELS = 512  # at most, or a tile would not fit
+CHANNELS = 1024  # at most, or a tile would not fit
 OFFSETS = 2**31  # all below it, in an image and in the sums
 
 
@@ -88,6 +88,7 @@ def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
     largest = max(sums, reach, height * width, height * rows, width * columns)
     if channels > CHANNELS or largest >= OFFSETS or not has_triton(features.device):
         return None
-    from contrastive_exudate_loss.fused_triton import Fused
+    from contrastive_exudate_loss.fused_triton import Fused, shared_memory
 
-    return Fused
+    gpu: Any = torch.cuda.get_device_properties(features.device)
+    return Fused if shared_memory(channels, max(features.itemsize, 4)) <= gpu.shared_memory_per_block_optin else None

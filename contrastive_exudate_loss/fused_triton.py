@@ -69,7 +69,7 @@ class Fused(torch.autograd.Function):
         shape = batch, classes, channels, height, width, rows, columns, side_y, side_x, total
         has = work.density is not None, work.edge is not None
         radii = edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1]
-        block = min(_block(channels), CHANNELS)
+        block = min(_tile(channels)[0], CHANNELS)
         with torch.cuda.device_of(features):  # Triton launches on the current device
             pool[classes * patches, -(-channels // CHANNELS)](
                 features, target, logits, codes, sums, labels, None if density.at_random else keys,
@@ -156,9 +156,16 @@ def _by_term(like: Tensor, by_total: Tensor | None, weight: float, by_part: Tens
     return by_total * weight if by_part is None else torch.add(by_part, by_total, alpha=weight)
 
 
-def _block(channels: int) -> int:
-    """How many channels a tile of all has."""
-    return max(16, 1 << (channels - 1).bit_length())
+def shared_memory(channels: int, itemsize: int) -> int:
+    """Bytes that a contrast of sums of so many channels needs on its multiprocessor, at most."""
+    block, tile = _tile(channels)
+    return itemsize * tile * (3 * block + 2 * tile)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Channels and embeddings in a tile of all channels."""
+    block = max(16, 1 << (channels - 1).bit_length())
+    return block, ROWS if block <= 64 else 16
 
 
 def _keys(density: Density, edge: Edge, labels: Tensor, first: int) -> Tensor | None:
@@ -177,7 +184,7 @@ def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys
     """The labels, 0 beyond so many of a label in the density and the edge term; their sums are set to 0."""
     classes, total, channels = sums.shape
     sizes, longest, terms = _rows(work, first, total)
-    block, taken = _block(channels), torch.empty_like(labels)
+    block, taken = _tile(channels)[0], torch.empty_like(labels)
     take[-(-longest // GATHERED), terms * classes](
         sums, labels, keys, taken, *sizes, channels, *most,
         work.edge is not None, terms, GATHERED, block, COMPARED,
@@ -225,8 +232,9 @@ def _contrasted(
     whole: Any = {"device": sums.device, "dtype": torch.int32}
     rows, longest, terms = _rows(work, first, total)
     sizes = *rows, channels
-    has_edge, block = work.edge is not None, _block(channels)
-    tile = ROWS if block <= 64 else 16
+    has_edge = work.edge is not None
+    block, tile = _tile(channels)
+    warps = 4 if block <= 256 else 8
     gathered = min(GATHERED, max(16, 8192 // block))
     programs = -(-longest // tile) + 1
     z, gradient = sums.new_empty(2, *sums.shape).unbind()
@@ -242,10 +250,12 @@ def _contrasted(
     temperatures = [part.temperature if part else 1.0 for part in (work.density, work.edge)]
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     how = has_edge, terms, work.sup_con, tile, block, precision
-    logsumexp[grid](z, counts, lse, *sizes, *temperatures, *how)
-    positives[grid](z, counts, lse, weights, losses, gradient, *sizes, *temperatures, *how)
+    logsumexp[grid](z, counts, lse, *sizes, *temperatures, *how, num_warps=warps)
+    positives[grid](z, counts, lse, weights, losses, gradient, *sizes, *temperatures, *how, num_warps=warps)
     # From here on the sums are no longer read, and their gradient takes their place.
-    negatives[grid](z, lengths, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how)
+    negatives[grid](
+        z, lengths, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how, num_warps=warps
+    )
     patches = 0 if supervised is None else len(supervised)
     add_up[1,](
         losses, counts, supervised, numbers, *outputs, number,

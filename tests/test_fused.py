@@ -1,6 +1,7 @@
 """The Triton kernels of the terms give what the plain way gives; Triton's interpreter runs them on the CPU."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,8 +400,13 @@ def test_kernels_want_triton_offsets_of_32_bits_and_tiles_that_fit(monkeypatch):
     monkeypatch.setattr(fused, "has_triton", lambda _: False)
     assert KERNELS(features, target, sides) is None
     monkeypatch.setattr(fused, "has_triton", lambda _: True)
+    gpu = SimpleNamespace(shared_memory_per_block_optin=2**16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     assert KERNELS(features, target, sides) is not None
-    assert KERNELS(torch.empty(1, 513, 8, 8), target, sides) is None
+    assert KERNELS(features.repeat(1, 100, 1, 1), target, sides) is None
+    gpu.shared_memory_per_block_optin = 2**18
+    assert KERNELS(features.repeat(1, 100, 1, 1), target, sides) is not None
+    assert KERNELS(torch.empty(1, 1025, 8, 8), target, sides) is None
     assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
     assert KERNELS(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
     assert KERNELS(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None

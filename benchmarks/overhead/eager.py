@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -44,6 +45,9 @@ SEVERAL = {
     "slice_backward": 2,
 }
 NONE = ("_reshape_alias", "_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty")
+
+
+GPU = SimpleNamespace(shared_memory_per_block_optin=232_448)  # of an H100
 
 
 class Launch(NamedTuple):
@@ -82,8 +86,13 @@ def as_if_on_cuda(device: str) -> Iterator[None]:
         mock.patch.object(torch.Tensor, "is_cpu", property(lambda tensor: tensor.device.type == "cpu" != device)),
         # Not as a mock, which would take its time at each call.
         mock.patch.object(torch.cuda, "is_current_stream_capturing", functools.partial(bool)),
+        mock.patch.object(torch.cuda, "get_device_properties", _properties),
     ):
         yield
+
+
+def _properties(_: torch.device) -> SimpleNamespace:
+    return GPU
 
 
 class _Count(TorchDispatchMode):

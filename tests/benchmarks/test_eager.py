@@ -82,6 +82,16 @@ def test_kernels_compile_for_an_h100_and_spill_no_register():
     assert {kernel: spilled for kernel, (_, spilled, _) in used.items() if spilled} == {}
 
 
+@pytest.mark.parametrize("channels", [16, 65, 1024])
+@pytest.mark.parametrize("contrast", ["nt_xent", "sup_con"])
+def test_the_contrast_needs_no_more_shared_memory_than_is_asked_for(channels, contrast):
+    features, target = torch.rand(2, channels, 8, 8, requires_grad=True), torch.eye(32).expand(2, 1, 32, 32)
+    with kernels_on():
+        used = registers(PatchEdgeContrastLoss(contrast=contrast), features, target)
+    needed = fused_triton.shared_memory(channels, 4)
+    assert needed / 2 < max(use.shared for use in used.values()) <= needed
+
+
 @pytest.mark.parametrize(
     "criterion",
     [

@@ -585,6 +585,16 @@ def test_a_way_to_the_logits_is_probed_once(monkeypatch):
     assert len(probed) == 2
 
 
+def test_a_way_that_takes_indices_is_probed_eight_times(monkeypatch):
+    probed = []
+    monkeypatch.setattr(probe, "keeps_places", lambda *arguments: probed.append(1) or True)
+    net = Net()
+    criterion = CombinedExudateLoss(0.02, 0.1, features=net)
+    for _ in range(10):
+        criterion(net(IMAGES)[[0, 1]], TARGET)
+    assert len(probed) == 8
+
+
 def test_a_permutation_that_begins_as_none_is_refused():
     net = Net()
     criterion = CombinedExudateLoss(0.02, 0.1, features=net)

@@ -83,7 +83,7 @@ TESTS = {
     "losses": ["test_labels.py", "test_misuse.py", "test_pull.py", *WHOLE],
     "masks": ["test_masks.py", "test_morphology.py", "test_losses.py", "test_degenerate.py"],
     "morphology": ["test_morphology.py"],
-    "origin": ["test_probe.py", "test_features.py"],
+    "origin": ["test_probe.py", "test_features.py", "test_pull.py"],
     "norms": ["test_pull.py"],
     "patches": ["test_patches.py"],
     "pooling": ["test_pooling.py"],

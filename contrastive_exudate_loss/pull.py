@@ -74,7 +74,7 @@ def new_state() -> dict[str, Tensor]:
 def known(state: dict[str, Tensor]) -> bool:
     """Whether there is a mean of the supervised loss and of a term; waits for the device."""
     shares = state["means"][SHARES]
-    return bool(shares[0] > 0) and bool(shares[1:].any())
+    return bool(shares[0]) and bool(shares[1:].any())
 
 
 def advanced_weights(

@@ -305,14 +305,27 @@ def test_a_total_of_ones_own_is_warned_of_once():
     criterion(net(images), target)  # or a warning would be an error
 
 
-def test_detached_features_get_the_weight_that_the_tap_has_measured():
+@pytest.mark.parametrize("term", [0, 1])
+def test_detached_features_get_the_weight_that_the_tap_has_measured(term):
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
-    before = trained_weights(criterion, net, 3)[-1, 1]
+    weights = [Pull(1.0) if term == n else 0.0 for n in (0, 1)]
+    criterion = criterion_of(*weights, features=FeatureTap(net))
+    before = trained_weights(criterion, net, 3)[-1, term]
     images, target = batch(3)
     logits, features = net(images), criterion.tap.take()
     alone = criterion.terms(logits.detach().requires_grad_(), target, features.detach().requires_grad_())
-    assert alone.beta > 0.5 * before > 0
+    assert alone[4 + term] > 0.5 * before > 0
+
+
+def test_norms_are_averaged_over_the_processes_that_have_them():
+    state = module.new_state()
+    scale, density, edge, supervised = 2.0, 3.0, 2.0, 3.0
+    state["terms"][:] = torch.tensor([1, scale, scale * density, scale * edge])
+    state["hand"][:] = torch.tensor([1, supervised])
+    other = torch.tensor([[5.0, 0.0, 6.0], [1.0, 0.0, 1.0]])  # norms of a process whose density has no contrast
+    got = module.advanced_weights(state, (Pull(1.0), Pull(0.5)), lambda own: own + other, by_kernel=False)
+    mean = (supervised + 5) / 2
+    torch.testing.assert_close(got, torch.tensor([mean / density, 0.5 * mean / ((edge + 6) / 2)]))
 
 
 def test_the_weight_falls_as_the_term_grows():

@@ -43,7 +43,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
     with torch.no_grad():
         for number, fractions in enumerate(_PLACES):
             rows, columns = [
-                ((fraction + image * further) % 1 * length).long().clamp(max=length - 1)
+                ((fraction + image * further) % 1 * length).long()
                 for fraction, further, length in zip(fractions, _FURTHER, size, strict=True)
             ]
             one_hot = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)

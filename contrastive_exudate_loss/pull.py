@@ -187,11 +187,6 @@ _write_scale = torch.library.custom_op(
 )(_scale_written)
 
 
-@_write_scale.register_fake
-def _(record: Tensor, gradient: Tensor) -> None:
-    pass
-
-
 def _advanced(
     means: Tensor,
     terms: Tensor,

@@ -17,6 +17,7 @@ from contrastive_exudate_loss import (
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    _checks,
     _terms,
 )
 from contrastive_exudate_loss.pooling import masked_sums
@@ -223,6 +224,13 @@ def test_a_subclass_of_a_term_is_called_as_it_is():
     torch.testing.assert_close(
         CombinedExudateLoss(0.02, 0.1, density=Doubled()).terms(logits, target, features).density, wanted
     )
+
+
+def test_where_values_cannot_be_read_all_but_0_are_lesion(monkeypatch):
+    logits, target, features = batch()
+    wanted = CombinedExudateLoss.paper()(logits, target, features)
+    monkeypatch.setattr(_checks, "may_read", lambda _: False)
+    torch.testing.assert_close(CombinedExudateLoss.paper()(logits, 255 * target, features), wanted)
 
 
 def test_weights_stay_on_the_cpu_whatever_the_default_device():

@@ -52,8 +52,9 @@ def test_logits_that_leave_the_range_of_probabilities_are_no_such(lowest, highes
     assert not warned(CombinedExudateLoss.paper(), *[(other, target, features)] * 12)
 
 
-def test_lesion_everywhere_is_no_background_channel():
-    logits, target, features = batch()
+@pytest.mark.parametrize("classes", [1, 2])
+def test_lesion_everywhere_is_no_background_channel(classes):
+    logits, target, features = batch(classes)
     assert not warned(CombinedExudateLoss.paper(), (logits, torch.ones_like(target), features))
 
 
@@ -97,7 +98,7 @@ def test_a_background_channel_among_the_lesions():
     assert not warned(CombinedExudateLoss.paper(), (logits, target, features))
 
 
-@pytest.mark.parametrize("value", [255, -1, -100])
+@pytest.mark.parametrize("value", [3, 255, -1, -100])
 def test_a_value_of_an_index_mask_that_only_the_given_loss_ignores(value):
     logits, _, features = batch(classes=3)
     index = torch.zeros(2, 16, 16, dtype=torch.int64)

@@ -165,6 +165,12 @@ def test_the_axes_of_other_main_logits_are_found(shape):
     assert not kept(lambda m: into(m).flip(-1), shape)
 
 
+@pytest.mark.parametrize("size", [(16, 78), (62, 20)], ids=str)
+def test_main_logits_with_channels_last_may_be_stretched(size):
+    assert kept(lambda m: F.interpolate(m.movedim(-1, 1), size), (2, 16, 20, 3))
+    assert not kept(lambda m: F.interpolate(m.movedim(-1, 1), size).flip(-1), (2, 16, 20, 3))
+
+
 def test_a_single_channel_is_not_taken_for_rows():
     assert not kept(lambda m: m.transpose(2, 3), (2, 1, 16, 16))
 

@@ -56,6 +56,14 @@ WHOLE = [
     "test_distributed.py::test_without_the_option_each_rank_contrasts_its_own[density]",
     "test_distributed.py::test_without_gradients_one_rank_works_alone",
 ]
+# Of the choice of the terms' kernels.
+KERNELS = [
+    "test_fused.py::test_terms_that_differ",
+    "test_fused.py::test_what_the_kernels_do_not_know_goes_the_plain_way",
+    "test_fused.py::test_a_value_that_the_target_cannot_hold_is_ignored_nowhere",
+    "test_fused.py::test_a_term_alone",
+    "test_fused.py::test_logits_of_another_precision_have_a_cross_entropy_of_their_own",
+]
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
     "_checks": [
@@ -66,7 +74,7 @@ TESTS = {
     "_misuse": ["test_misuse.py"],
     "_options": ["test_pickles.py", *WHOLE],
     "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
-    "_terms": ["test_labels.py", *WHOLE],
+    "_terms": ["test_labels.py", *WHOLE, *KERNELS],
     "_weights": ["test_modules.py", "test_pull.py", "test_combined.py"],
     "contrast": ["test_contrast.py"],
     "contrast_pairs": ["test_contrast.py"],
@@ -104,7 +112,9 @@ Place = tuple[int, int]  # row and column
 # Lines that only a CUDA or MPS device can tell from their mutants.
 OTHER_DEVICES = (
     "torch.cuda.is_current_stream_capturing",
-    "self._values_checked",
+    "_values_checked",
+    "is not filled_by_mask",
+    'state["means"].device != features.device',
     '"mps"',
     "_filled_on_cuda(z.device)",
     "TILE_ON_CUDA",

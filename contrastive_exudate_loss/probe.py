@@ -127,8 +127,8 @@ def _wanted(place: Tensor, length: int, pixels: int, resized: bool) -> tuple[Ten
         ways.append((place + 0.5) * scale - 0.5)
         if resized or scale >= 2:  # any pixel under this one: mode="nearest", max-pooling, every second pixel
             ways += [(place * scale).floor(), ((place + 1) * scale - _ROUNDING).ceil() - 1]
-    clamped = torch.stack(ways).clamp(0, pixels - 1)
-    return clamped.amin(0), clamped.amax(0)
+    found = torch.stack(ways)
+    return found.amin(0), found.amax(0)
 
 
 def _pulled_back(gradient: Tensor, output: int, main: GradientEdge, steps: Sequence[Node]) -> Tensor | None:

@@ -76,8 +76,11 @@ def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criteri
     logits, target, features = batch()
     target[:, :, :, -4:] = -1
     tap = FeatureTap(torch.nn.Conv2d(4, 1, 1))
-    with pytest.warns(FutureWarning, match=r"use CombinedExudateLoss\(...\), which sets the edge term's weight itself"):
+    with pytest.warns(
+        FutureWarning, match=r"use CombinedExudateLoss\(...\), which sets the edge term's weight itself"
+    ) as caught:
         criterion = Mine.weak_edge(supervised=squares_of_valid, ignore_index=-1, features=tap)
+    assert caught[0].filename == __file__
     assert type(criterion) is Mine
     assert criterion.tap is tap
     terms = criterion.terms(logits, target, features)

@@ -297,9 +297,8 @@ def test_a_total_of_ones_own_is_warned_of_once():
     for _ in range(module_of_weights.CALLS_WITHOUT_BACKWARD - 1):
         step()
     text = r"no backward pass came through the criterion's total in 20 training calls"
-    with pytest.warns(UserWarning, match=text) as caught:
+    with pytest.warns(UserWarning, match=text):
         step()
-    assert caught[0].filename == __file__
     criterion(net(images), target)  # or a warning would be an error
 
 

@@ -223,7 +223,8 @@ def test_the_weight_grows_with_the_supervised_loss(scale):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_new_tap_goes_on_with_the_weights(every):
+@pytest.mark.parametrize("change", ["tap", "device"])
+def test_a_new_tap_or_device_goes_on_with_the_weights(change, every):
     weights = []
     for replaced in (False, True):
         net = Net()
@@ -231,7 +232,10 @@ def test_a_new_tap_goes_on_with_the_weights(every):
         found = []
         for step in range(8):
             if replaced and step % every == 0:
-                criterion.tap = FeatureTap(net, "head")
+                if change == "tap":
+                    criterion.tap = FeatureTap(net, "head")
+                else:
+                    criterion.tap.norm = criterion.tap.norm.clone()  # as the tap moves its record
             found.append(trained_weights(criterion, net, step + 1, first=step))
         weights.append(torch.cat(found))
     assert weights[0][1:].all()

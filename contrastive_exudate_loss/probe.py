@@ -103,8 +103,8 @@ def _lands_elsewhere(landed: Tensor, axis: int, place: Tensor, length: int, resi
     reached = profile >= largest * _REACHED
     first = at.where(reached, pixels).amin(1, keepdim=True)
     last = at.where(reached, -1).amax(1, keepdim=True)
-    missed = (high < first - _NEAR) | (low > last + _NEAR)
-    far = (at < low - _NEAR - pixels / 2) | (at > high + _NEAR + pixels / 2)
+    missed = torch.maximum(first - high, low - last) > _NEAR
+    far = torch.maximum(low - at, at - high) > pixels / 2 + _NEAR
     spread = far & (profile >= largest * _STRONGLY)
     return ((largest > 0) & (missed | spread)).any()
 

@@ -177,8 +177,23 @@ def test_a_single_channel_is_not_taken_for_rows():
     assert not kept(lambda m: m.transpose(2, 3), (2, 1, 16, 16))
 
 
-def test_each_channel_is_probed():
-    assert not kept(lambda m: torch.cat([m[:, :1], m[:, 1:].flip(-1)], 1))
+@pytest.mark.parametrize("n", range(5))
+def test_each_of_five_channels_is_probed(n):
+    def change(main):
+        channels = list(main.split(1, 1))
+        channels[n] = channels[n].flip(-1)
+        return torch.cat(channels, 1)
+
+    assert not kept(change, (1, 5, 12, 17))
+
+
+def test_a_graph_that_is_gone_tells_nothing():
+    def change(main):
+        logits = main.sigmoid().flip(-1)
+        logits.sum().backward()
+        return logits
+
+    assert kept(change)
 
 
 @pytest.mark.parametrize("shape", [(2, 320, 3), (8, 2, 5, 16)], ids=str)

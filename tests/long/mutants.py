@@ -84,7 +84,7 @@ TESTS = {
         "test_combined.py",
         f"test_pull_processes.py::{GATHERED}[True-static graph]",
     ],
-    "contrast": ["test_contrast.py"],
+    "contrast": ["test_contrast.py", "test_devices.py::test_the_forward_runs_on_fake_cuda_tensors"],
     "contrast_pairs": ["test_contrast.py"],
     "contrast_rows": ["test_contrast.py"],
     "distributed": ["test_distributed.py"],

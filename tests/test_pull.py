@@ -748,5 +748,6 @@ def test_a_number_and_a_pull_can_take_each_others_place():
     criterion.alpha, criterion.beta = 0.0, Pull(1.0)
     weights = trained_weights(criterion, net, 3)
     assert weights[-1, 1] > 0
-    criterion.beta = 0.02
-    assert trained_weights(criterion, net, 4, first=3)[0, 1] == pytest.approx(0.02)
+    for alpha in (0.0, Pull(1.0)):
+        criterion.alpha, criterion.beta = alpha, 0.02
+        assert trained_weights(criterion, net, 4, first=3)[0, 1] == pytest.approx(0.02)

@@ -312,6 +312,7 @@ def test_a_models_other_outputs_are_no_levels():
     )
     for output, text in (
         ((logits, logits.mean((2, 3))), said.format(r"\(2, 1\)")),
+        ((logits, logits[None]), said.format(r"\(1, 2, 1, 32, 32\)")),
         ((logits, None), said.format("NoneType")),
         ((logits,), "got None; .* if the model returns more than its logits, give the logits alone"),
     ):

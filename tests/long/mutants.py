@@ -63,6 +63,7 @@ KERNELS = [
     "test_fused.py::test_a_value_that_the_target_cannot_hold_is_ignored_nowhere",
     "test_fused.py::test_a_term_alone",
     "test_fused.py::test_logits_of_another_precision_have_a_cross_entropy_of_their_own",
+    "test_fused.py::test_weights_that_set_themselves",
     "test_fused.py::test_kernels_equal_the_plain_way",
 ]
 GATHERED = "test_processes_that_gather_use_one_weight_and_send_what_a_number_sends"

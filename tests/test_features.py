@@ -335,10 +335,19 @@ def test_a_given_layer_without_a_feature_map_is_said():
     with (
         FeatureTap(net, "gate"),
         pytest.raises(
-            ValueError, match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\)"
+            ValueError,
+            match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\); choose another",
         ),
     ):
         net(IMAGES)
+
+
+def test_without_a_pull_the_layer_gets_its_input_itself():
+    net = Net()
+    tap, given = FeatureTap(net, "head"), []
+    net.head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    net(IMAGES)
+    assert given[0] is tap.features
 
 
 @pytest.mark.parametrize("layer", [None, "head"])

@@ -131,6 +131,7 @@ OTHER_DEVICES = (
     "_values_checked",
     "is not filled_by_mask",
     'state["means"].device != features.device',
+    "self.norm.device != given.device",
     '"mps"',
     "_filled_on_cuda(z.device)",
     "TILE_ON_CUDA",

@@ -342,12 +342,14 @@ def test_a_given_layer_without_a_feature_map_is_said():
         net(IMAGES)
 
 
-def test_without_a_pull_the_layer_gets_its_input_itself():
+@pytest.mark.parametrize("layer", [None, "head"])
+def test_without_a_pull_the_layer_gets_its_input_itself_and_nothing_is_recorded(layer):
     net = Net()
-    tap, given = FeatureTap(net, "head"), []
+    tap, given = FeatureTap(net, layer), []
     net.head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    net(IMAGES)
+    net(IMAGES).sum().backward()
     assert given[0] is tap.features
+    assert not tap.norm.any()
 
 
 @pytest.mark.parametrize("layer", [None, "head"])

@@ -40,7 +40,7 @@ def suspicions(
             "channel out of target and logits, or its number out of classes, or give an index mask and "
             "classes=range(1, number of classes)",
         )
-    stray = None if index is None else _stray_value(index, target, logits.shape[1], ignore_index)
+    stray = None if index is None else _stray_value(index, target, logits.shape[1])
     if stray is not None:
         yield (
             "stray",
@@ -57,14 +57,12 @@ def suspicions(
         )
 
 
-def _stray_value(index: Tensor, masks: Tensor, channels: int, ignore_index: int | None) -> int | None:
+def _stray_value(index: Tensor, masks: Tensor, channels: int) -> int | None:
     """A value of the index mask that seems to be no class, or None.
 
     With one channel, which may stand for several classes, only 255 and negative values are suspected.
     """
-    lesion = (masks == 1).any(1)
-    index = index.reshape(lesion.shape)
-    stray = ~lesion & ((index < 0) | (index >= channels if channels > 1 else index == 255))
-    if ignore_index is not None and _checks.holds(index.dtype, ignore_index):
-        stray &= index != ignore_index
+    known = masks.bool().any(1)  # lesion or ignored
+    index = index.reshape(known.shape)
+    stray = ~known & ((index < 0) | (index >= channels if channels > 1 else index == 255))
     return int(index[stray][0]) if bool(stray.any()) else None

@@ -30,7 +30,7 @@ class WeightedLoss(MaskLoss):
     # Class attributes, which pickles of earlier versions lack. The state, made by the first Pull, is a dictionary since
     # torch.load(weights_only=True) refuses classes.
     _pull_state: dict[str, Tensor] | None = None
-    _pull_calls, _pull_known, _pull_pending = 0, False, False
+    _pull_calls, _pull_known = 0, False
     _calls_to_look = CALLS_WITHOUT_BACKWARD
     tap: FeatureTap | None = None
 
@@ -47,8 +47,7 @@ class WeightedLoss(MaskLoss):
         # nn.Module would register a model as a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
         if name == "tap" and isinstance(self.tap, FeatureTap):
-            self._pull_pending |= self._pull_state is not None and self._pull_state["layer"] is not self.tap.norm
-            self._measure_at_the_tap()
+            self._measure_at_the_tap(anew=True)
 
     @property
     def alpha(self) -> float | Pull:
@@ -69,7 +68,7 @@ class WeightedLoss(MaskLoss):
         self._beta, self._uses_edge = self._weight("beta", value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"tap": None, "_pull_pending": True}
+        return self.__dict__ | {"tap": None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -91,26 +90,30 @@ class WeightedLoss(MaskLoss):
             sizes = [len(tensor) for tensor in self._pull_state.values()]
             for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
                 tensor.copy_(loaded)
-            self._pull_known, self._pull_pending = pull.known(self._pull_state), self.tap is None
+            self._pull_known = pull.known(self._pull_state)
             self._pull_calls = int(numbers[pull.STEP])
         super()._load_from_state_dict(own, prefix, *arguments)
 
-    def _measure_at_the_tap(self) -> None:
-        """Let the tap write down, for a Pull, the norm of the gradient at its layer's input."""
+    def _measure_at_the_tap(self, *, anew: bool = False) -> None:
+        """Let the tap write down, for a Pull, the norm of the gradient at its layer's input.
+
+        Args:
+            anew: whether the tap or the state is new; if not, the tap's record may have moved to another device.
+        """
         state, tap = self._pull_state, self.tap
         if state is not None and tap is not None and state["layer"] is not tap.norm:
-            if self._pull_pending and not tap.norm.any():  # from the last backward pass, under another tap or loaded
+            if anew and not tap.norm.any():  # from the last backward pass, under another tap or loaded
                 tap.norm.copy_(state["layer"])
-            elif self._pull_pending:  # its record is of other passes
+            elif anew:  # its record is of other passes
                 state["means"][pull.SEEN][1] = tap.norm[COUNT]
-            tap.measures, self._pull_pending, state["layer"] = True, False, tap.norm
+            tap.measures, state["layer"] = True, tap.norm
 
     def _weight(self, name: str, value: float | Pull) -> tuple[Tensor | Pull, bool]:
         """The weight as it is stored, and whether its term is in use."""
         if isinstance(value, Pull):
             if self._pull_state is None:
-                self._pull_state, self._pull_pending = pull.new_state(), True
-                self._measure_at_the_tap()
+                self._pull_state = pull.new_state()
+                self._measure_at_the_tap(anew=True)
             return value, True
         if isinstance(value, nn.Module):
             raise TypeError(
@@ -166,7 +169,7 @@ class WeightedLoss(MaskLoss):
 
     def _look_at_records(self, features: Tensor) -> None:
         """Warn once where the first training calls had no backward pass through the total."""
-        if not _checks.may_read(features) or self._calls_to_look == 0:
+        if not _checks.may_read(features):
             return
         self._calls_to_look -= 1
         if self._calls_to_look == 0 and not bool(cast("dict[str, Tensor]", self._pull_state)["terms"][COUNT]):

@@ -705,13 +705,13 @@ class CombinedExudateLoss(WeightedLoss):
                 "edge has scope='image', as in hecl(), which contrasts the bands of several images, but the batch has "
                 "one, so the term is 0; give batches of several images, or scope='patch'",
             )
-        if not _checks.may_read(mask) or self._looks == 0:
+        if not _checks.may_read(mask) or not self._looks:
             return
         found = dict(suspicions(logits, mask, self.ignore_index, index))
         self._looks = self._looks - 1 if mask.is_cpu else 0
         self._doubts = tuple(name for name in self._doubts if name in found and mask.is_cpu)
         for name, sentence in found.items():
-            if name not in CONFIRMED or (self._looks == 0 and name in self._doubts):
+            if name not in CONFIRMED or (not self._looks and name in self._doubts):
                 self._warn(name, sentence)
 
     def _warn(self, name: str, sentence: str) -> None:

@@ -60,8 +60,3 @@ _write_norm = torch.library.custom_op(
     mutates_args=("record",),
     schema="(Tensor(a!) record, Tensor gradient, Tensor? divisor, int place, bool counts) -> ()",
 )(write_norm)
-
-
-@_write_norm.register_fake
-def _(record: Tensor, gradient: Tensor, divisor: Tensor | None, place: int, counts: bool) -> None:
-    pass

@@ -43,7 +43,7 @@ def keeps_places(logits: Tensor, main: GradientEdge, steps: Sequence[Node]) -> b
     with torch.no_grad():
         for number, fractions in enumerate(_PLACES):
             rows, columns = [
-                ((fraction + image * further) % 1 * length).long().clamp(max=length - 1)
+                ((fraction + image * further) % 1 * length).long()
                 for fraction, further, length in zip(fractions, _FURTHER, size, strict=True)
             ]
             one_hot = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -103,8 +103,8 @@ def _lands_elsewhere(landed: Tensor, axis: int, place: Tensor, length: int, resi
     reached = profile >= largest * _REACHED
     first = at.where(reached, pixels).amin(1, keepdim=True)
     last = at.where(reached, -1).amax(1, keepdim=True)
-    missed = (high < first - _NEAR) | (low > last + _NEAR)
-    far = (at < low - _NEAR - pixels / 2) | (at > high + _NEAR + pixels / 2)
+    missed = torch.maximum(first - high, low - last) > _NEAR
+    far = torch.maximum(low - at, at - high) > pixels / 2 + _NEAR
     spread = far & (profile >= largest * _STRONGLY)
     return ((largest > 0) & (missed | spread)).any()
 
@@ -127,8 +127,8 @@ def _wanted(place: Tensor, length: int, pixels: int, resized: bool) -> tuple[Ten
         ways.append((place + 0.5) * scale - 0.5)
         if resized or scale >= 2:  # any pixel under this one: mode="nearest", max-pooling, every second pixel
             ways += [(place * scale).floor(), ((place + 1) * scale - _ROUNDING).ceil() - 1]
-    clamped = torch.stack(ways).clamp(0, pixels - 1)
-    return clamped.amin(0), clamped.amax(0)
+    found = torch.stack(ways)
+    return found.amin(0), found.amax(0)
 
 
 def _pulled_back(gradient: Tensor, output: int, main: GradientEdge, steps: Sequence[Node]) -> Tensor | None:

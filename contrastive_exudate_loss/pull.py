@@ -74,7 +74,7 @@ def new_state() -> dict[str, Tensor]:
 def known(state: dict[str, Tensor]) -> bool:
     """Whether there is a mean of the supervised loss and of a term; waits for the device."""
     shares = state["means"][SHARES]
-    return bool(shares[0] > 0) and bool(shares[1:].any())
+    return bool(shares[0]) and bool(shares[1:].any())
 
 
 def advanced_weights(
@@ -185,11 +185,6 @@ _write_scale = torch.library.custom_op(
     mutates_args=("record",),
     schema="(Tensor(a!) record, Tensor gradient) -> ()",
 )(_scale_written)
-
-
-@_write_scale.register_fake
-def _(record: Tensor, gradient: Tensor) -> None:
-    pass
 
 
 def _advanced(

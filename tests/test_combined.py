@@ -17,6 +17,7 @@ from contrastive_exudate_loss import (
     LossTerms,
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
+    _checks,
     _terms,
 )
 from contrastive_exudate_loss.pooling import masked_sums
@@ -75,8 +76,11 @@ def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criteri
     logits, target, features = batch()
     target[:, :, :, -4:] = -1
     tap = FeatureTap(torch.nn.Conv2d(4, 1, 1))
-    with pytest.warns(FutureWarning, match=r"use CombinedExudateLoss\(...\), which sets the edge term's weight itself"):
+    with pytest.warns(
+        FutureWarning, match=r"use CombinedExudateLoss\(...\), which sets the edge term's weight itself"
+    ) as caught:
         criterion = Mine.weak_edge(supervised=squares_of_valid, ignore_index=-1, features=tap)
+    assert caught[0].filename == __file__
     assert type(criterion) is Mine
     assert criterion.tap is tap
     terms = criterion.terms(logits, target, features)
@@ -223,6 +227,13 @@ def test_a_subclass_of_a_term_is_called_as_it_is():
     torch.testing.assert_close(
         CombinedExudateLoss(0.02, 0.1, density=Doubled()).terms(logits, target, features).density, wanted
     )
+
+
+def test_where_values_cannot_be_read_all_but_0_are_lesion(monkeypatch):
+    logits, target, features = batch()
+    wanted = CombinedExudateLoss.paper()(logits, target, features)
+    monkeypatch.setattr(_checks, "may_read", lambda _: False)
+    torch.testing.assert_close(CombinedExudateLoss.paper()(logits, 255 * target, features), wanted)
 
 
 def test_weights_stay_on_the_cpu_whatever_the_default_device():

@@ -335,10 +335,21 @@ def test_a_given_layer_without_a_feature_map_is_said():
     with (
         FeatureTap(net, "gate"),
         pytest.raises(
-            ValueError, match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\)"
+            ValueError,
+            match=r"layer 'gate' must have a 4-D input \(B, C, h, w\) to be tapped, got \(2, 3\); choose another",
         ),
     ):
         net(IMAGES)
+
+
+@pytest.mark.parametrize("layer", [None, "head"])
+def test_without_a_pull_the_layer_gets_its_input_itself_and_nothing_is_recorded(layer):
+    net = Net()
+    tap, given = FeatureTap(net, layer), []
+    net.head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    net(IMAGES).sum().backward()
+    assert given[0] is tap.features
+    assert not tap.norm.any()
 
 
 @pytest.mark.parametrize("layer", [None, "head"])
@@ -583,6 +594,16 @@ def test_a_way_to_the_logits_is_probed_once(monkeypatch):
             criterion(logits, torch.zeros_like(logits))
             criterion(net(IMAGES), TARGET)
     assert len(probed) == 2
+
+
+def test_a_way_that_takes_indices_is_probed_eight_times(monkeypatch):
+    probed = []
+    monkeypatch.setattr(probe, "keeps_places", lambda *arguments: probed.append(1) or True)
+    net = Net()
+    criterion = CombinedExudateLoss(0.02, 0.1, features=net)
+    for _ in range(10):
+        criterion(net(IMAGES)[[0, 1]], TARGET)
+    assert len(probed) == 8
 
 
 def test_a_permutation_that_begins_as_none_is_refused():

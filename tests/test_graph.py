@@ -67,6 +67,18 @@ class _DDPSink(torch.autograd.Function):
         return None, *gradients
 
 
+class _Own(torch.autograd.Function):
+    """A user's own function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
 def wrapped(model=None):
     """Two outputs of a model, and what the wrapper makes of them."""
     inner = [torch.rand(2, requires_grad=True) * n for n in (2, 3)]
@@ -80,6 +92,8 @@ def test_a_wrapper_is_looked_through(n):
     assert graph.within_wrapper(inner[n]) is inner[n]
     leaf = torch.rand(2, requires_grad=True)
     assert graph.within_wrapper(leaf) is leaf
+    other = _Own.apply(inner[n])
+    assert graph.within_wrapper(other) is other
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -307,8 +307,16 @@ def test_deep_supervision_needs_a_loss():
 
 def test_a_models_other_outputs_are_no_levels():
     logits, index, features = batch(classes=1)
-    for output in ((logits, logits.mean((2, 3))), (logits, None), (logits,)):
-        with pytest.raises(ValueError, match=r"if the model returns more than its logits, give the logits alone"):
+    said = (
+        r"each \(B, K, h, w\), got a tuple of \(2, 1, 32, 32\), {}; if the model returns more than its logits, give the"
+    )
+    for output, text in (
+        ((logits, logits.mean((2, 3))), said.format(r"\(2, 1\)")),
+        ((logits, logits[None]), said.format(r"\(1, 2, 1, 32, 32\)")),
+        ((logits, None), said.format("NoneType")),
+        ((logits,), "got None; .* if the model returns more than its logits, give the logits alone"),
+    ):
+        with pytest.raises(ValueError, match=text):
             CombinedExudateLoss(**FIXED)(output, (index > 0).unsqueeze(1), features)
 
 
@@ -341,6 +349,15 @@ def test_a_tapped_model_of_several_levels_trains():
         terms = criterion.terms(net(torch.rand(2, 3, 32, 32)), target)
         terms.total.backward()
     assert terms.beta > 0
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(1, [1]), (1, [1, 2]), (2, [2])])
+def test_one_channel_for_one_class_is_told_to_take_a_mask(channels, classes):
+    logits, index, features = batch()
+    with pytest.raises(ValueError, match="classes must be below the number of logits' channels") as caught:
+        CombinedExudateLoss(**FIXED, classes=classes)(logits[:, :channels], index, features)
+    told = "or leave classes out and give the mask (target == 1), as (B, 1, H, W)" in str(caught.value)
+    assert told == (channels == len(classes) == 1)
 
 
 @pytest.mark.parametrize("term", [PatchDensityContrastLoss, PatchEdgeContrastLoss])

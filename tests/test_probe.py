@@ -35,6 +35,14 @@ class Doubled(torch.autograd.Function):
         raise NotImplementedError
 
 
+class Widened(Doubled):
+    """One that gives another size."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.repeat_interleave(2, -1)
+
+
 def written(logits):
     copied = logits.clone()
     copied[:, 0] = logits[:, 0].exp()
@@ -62,6 +70,7 @@ IN_PLACE = {
     "without its mean": lambda m: m - m.mean((2, 3), keepdim=True),
     "batch norm": lambda m: F.batch_norm(m, None, None, training=True),
     "smoothed": lambda m: F.avg_pool2d(m, 9, 1, 4),
+    "smoothed over half of the image": lambda m: F.avg_pool2d(m, (11, 17), 1, (5, 8)),
     "max-pooled": lambda m: F.max_pool2d(m, 2),
     "each second pixel": lambda m: m[..., ::2, 1::2],
     "pixel shuffle": lambda m: F.pixel_shuffle(m.repeat(1, 4, 1, 1), 2),
@@ -72,6 +81,7 @@ IN_PLACE = {
     "in place": lambda m: m.mul_(2),
     "written into": written,
     "a user's function": lambda m: Doubled.apply(m),
+    "a user's function to another size": lambda m: Widened.apply(m),
     "compiled": compiled,
     "checkpointed": lambda m: checkpoint(torch.sigmoid, m, use_reentrant=False),
     "nothing learned": lambda m: m * 0,
@@ -86,6 +96,7 @@ MOVED = {
     "padded below": lambda m: F.pad(m, (0, 0, 0, 1)),
     "reflected": lambda m: F.pad(m, (1, 1, 1, 1), mode="reflect"),
     "columns flipped": lambda m: m.flip(-1),
+    "columns flipped twice over, and added": lambda m: m.flip(-1) + m.flip(-1),
     "rows flipped": lambda m: m.flip(2),
     "turned by 180 degrees": lambda m: m.flip(2, 3),
     "turned by 90 degrees": lambda m: m.rot90(1, (2, 3)),
@@ -165,12 +176,33 @@ def test_the_axes_of_other_main_logits_are_found(shape):
     assert not kept(lambda m: into(m).flip(-1), shape)
 
 
+@pytest.mark.parametrize("size", [(16, 78), (62, 20)], ids=str)
+def test_main_logits_with_channels_last_may_be_stretched(size):
+    assert kept(lambda m: F.interpolate(m.movedim(-1, 1), size), (2, 16, 20, 3))
+    assert not kept(lambda m: F.interpolate(m.movedim(-1, 1), size).flip(-1), (2, 16, 20, 3))
+
+
 def test_a_single_channel_is_not_taken_for_rows():
     assert not kept(lambda m: m.transpose(2, 3), (2, 1, 16, 16))
 
 
-def test_each_channel_is_probed():
-    assert not kept(lambda m: torch.cat([m[:, :1], m[:, 1:].flip(-1)], 1))
+@pytest.mark.parametrize("n", range(5))
+def test_each_of_five_channels_is_probed(n):
+    def change(main):
+        channels = list(main.split(1, 1))
+        channels[n] = channels[n].flip(-1)
+        return torch.cat(channels, 1)
+
+    assert not kept(change, (1, 5, 12, 17))
+
+
+def test_a_graph_that_is_gone_tells_nothing():
+    def change(main):
+        logits = main.sigmoid().flip(-1)
+        logits.sum().backward()
+        return logits
+
+    assert kept(change)
 
 
 @pytest.mark.parametrize("shape", [(2, 320, 3), (8, 2, 5, 16)], ids=str)

@@ -223,7 +223,8 @@ def test_the_weight_grows_with_the_supervised_loss(scale):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_new_tap_goes_on_with_the_weights(every):
+@pytest.mark.parametrize("change", ["tap", "device"])
+def test_a_new_tap_or_device_goes_on_with_the_weights(change, every):
     weights = []
     for replaced in (False, True):
         net = Net()
@@ -231,7 +232,10 @@ def test_a_new_tap_goes_on_with_the_weights(every):
         found = []
         for step in range(8):
             if replaced and step % every == 0:
-                criterion.tap = FeatureTap(net, "head")
+                if change == "tap":
+                    criterion.tap = FeatureTap(net, "head")
+                else:
+                    criterion.tap.norm = criterion.tap.norm.clone()  # as the tap moves its record
             found.append(trained_weights(criterion, net, step + 1, first=step))
         weights.append(torch.cat(found))
     assert weights[0][1:].all()
@@ -246,6 +250,25 @@ def test_a_tap_of_another_criterion_measures_from_then_on():
     got = trained_weights(criterion, net, 6, first=3)
     assert got[0, 1] == 0
     assert (got[1:, 1] > 0).all()
+
+
+def test_what_a_tap_has_measured_for_another_criterion_does_not_count():
+    net = Net()
+    taps = [FeatureTap(net, "head") for _ in range(2)]
+    criterion = CombinedExudateLoss(features=taps[0])
+    images, target = batch(0)
+
+    def step(criterion):
+        terms = criterion.terms(net(images), target)
+        terms.total.backward()
+        return terms.beta
+
+    _, wanted = step(criterion), step(criterion)
+    other = CombinedExudateLoss(supervised=lambda logits, _: 1000 * logits.mean(), features=taps[1])
+    for _ in range(3):
+        step(other)
+    criterion.tap = taps[1]
+    torch.testing.assert_close(step(criterion), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -277,19 +300,33 @@ def test_a_total_of_ones_own_is_warned_of_once():
 
     for _ in range(module_of_weights.CALLS_WITHOUT_BACKWARD - 1):
         step()
-    with pytest.warns(UserWarning, match=r"no backward pass came through the criterion's total in 20 training calls"):
+    text = r"no backward pass came through the criterion's total in 20 training calls"
+    with pytest.warns(UserWarning, match=text):
         step()
     criterion(net(images), target)  # or a warning would be an error
 
 
-def test_detached_features_get_the_weight_that_the_tap_has_measured():
+@pytest.mark.parametrize("term", [0, 1])
+def test_detached_features_get_the_weight_that_the_tap_has_measured(term):
     net = Net()
-    criterion = CombinedExudateLoss(features=FeatureTap(net))
-    before = trained_weights(criterion, net, 3)[-1, 1]
+    weights = [Pull(1.0) if term == n else 0.0 for n in (0, 1)]
+    criterion = criterion_of(*weights, features=FeatureTap(net))
+    before = trained_weights(criterion, net, 3)[-1, term]
     images, target = batch(3)
     logits, features = net(images), criterion.tap.take()
     alone = criterion.terms(logits.detach().requires_grad_(), target, features.detach().requires_grad_())
-    assert alone.beta > 0.5 * before > 0
+    assert alone[4 + term] > 0.5 * before > 0
+
+
+def test_norms_are_averaged_over_the_processes_that_have_them():
+    state = module.new_state()
+    scale, density, edge, supervised = 2.0, 3.0, 2.0, 3.0
+    state["terms"][:] = torch.tensor([1, scale, scale * density, scale * edge])
+    state["hand"][:] = torch.tensor([1, supervised])
+    other = torch.tensor([[5.0, 0.0, 6.0], [1.0, 0.0, 1.0]])  # norms of a process whose density has no contrast
+    got = module.advanced_weights(state, (Pull(1.0), Pull(0.5)), lambda own: own + other, by_kernel=False)
+    mean = (supervised + 5) / 2
+    torch.testing.assert_close(got, torch.tensor([mean / density, 0.5 * mean / ((edge + 6) / 2)]))
 
 
 def test_the_weight_falls_as_the_term_grows():
@@ -654,14 +691,17 @@ def test_after_some_eager_steps_compiled_code_keeps_the_weight():
 
 @pytest.mark.filterwarnings("ignore:no backward pass came through")
 def test_by_hand_the_supervised_loss_is_differentiated_often_at_first_and_seldom_later(monkeypatch):
-    calls = []
+    calls, steps = [], []
     differentiated = module.differentiated
     monkeypatch.setattr(module, "differentiated", lambda *inputs: calls.append(0) or differentiated(*inputs))
     features = torch.rand(1, 2, 4, 4, requires_grad=True)
     criterion, target = CombinedExudateLoss(edge=PatchEdgeContrastLoss(4)), torch.zeros(1, 1, 4, 4)
-    for _ in range(200):
+    for step in range(1, 201):
         criterion(features.sum(1, keepdim=True), target, features)
-    assert len(calls) == 100 + 5
+        if calls:
+            steps.append(step)
+            calls.clear()
+    assert steps == [*range(1, 101), 120, 140, 160, 180, 200]
 
 
 @pytest.mark.parametrize("value", [Pull(0.5), Pull(2, warm_up=3)])
@@ -708,5 +748,6 @@ def test_a_number_and_a_pull_can_take_each_others_place():
     criterion.alpha, criterion.beta = 0.0, Pull(1.0)
     weights = trained_weights(criterion, net, 3)
     assert weights[-1, 1] > 0
-    criterion.beta = 0.02
-    assert trained_weights(criterion, net, 4, first=3)[0, 1] == pytest.approx(0.02)
+    for alpha in (0.0, Pull(1.0)):
+        criterion.alpha, criterion.beta = alpha, 0.02
+        assert trained_weights(criterion, net, 4, first=3)[0, 1] == pytest.approx(0.02)

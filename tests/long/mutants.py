@@ -56,6 +56,17 @@ WHOLE = [
     "test_distributed.py::test_without_the_option_each_rank_contrasts_its_own[density]",
     "test_distributed.py::test_without_gradients_one_rank_works_alone",
 ]
+# Of the choice of the terms' kernels.
+KERNELS = [
+    "test_fused.py::test_terms_that_differ",
+    "test_fused.py::test_what_the_kernels_do_not_know_goes_the_plain_way",
+    "test_fused.py::test_a_value_that_the_target_cannot_hold_is_ignored_nowhere",
+    "test_fused.py::test_a_term_alone",
+    "test_fused.py::test_logits_of_another_precision_have_a_cross_entropy_of_their_own",
+    "test_fused.py::test_weights_that_set_themselves",
+    "test_fused.py::test_kernels_equal_the_plain_way",
+]
+GATHERED = "test_processes_that_gather_use_one_weight_and_send_what_a_number_sends"
 # The tests of each module, the quickest first: together under 20 seconds.
 TESTS = {
     "_checks": [
@@ -66,9 +77,15 @@ TESTS = {
     "_misuse": ["test_misuse.py"],
     "_options": ["test_pickles.py", *WHOLE],
     "_supervised": ["test_labels.py", "test_checks.py", "test_losses.py", "test_combined.py", "test_degenerate.py"],
-    "_terms": ["test_labels.py", *WHOLE],
-    "_weights": ["test_modules.py", "test_pull.py", "test_combined.py"],
-    "contrast": ["test_contrast.py"],
+    "_terms": ["test_labels.py", *WHOLE, *KERNELS],
+    "_weights": [
+        "test_checks.py",
+        "test_modules.py",
+        "test_pull.py",
+        "test_combined.py",
+        f"test_pull_processes.py::{GATHERED}[True-static graph]",
+    ],
+    "contrast": ["test_contrast.py", "test_devices.py::test_the_forward_runs_on_fake_cuda_tensors"],
     "contrast_pairs": ["test_contrast.py"],
     "contrast_rows": ["test_contrast.py"],
     "distributed": ["test_distributed.py"],
@@ -80,10 +97,17 @@ TESTS = {
     "graph": ["test_graph.py", "test_features.py", "test_probe.py"],
     "probe": ["test_probe.py"],
     "labels": ["test_labels.py"],
-    "losses": ["test_labels.py", "test_misuse.py", "test_pull.py", *WHOLE],
+    "losses": [
+        "test_labels.py",
+        "test_misuse.py",
+        "test_pull.py",
+        *WHOLE,
+        f"test_pull_processes.py::{GATHERED}[False-small buckets]",
+        *KERNELS,
+    ],
     "masks": ["test_masks.py", "test_morphology.py", "test_losses.py", "test_degenerate.py"],
     "morphology": ["test_morphology.py"],
-    "origin": ["test_probe.py", "test_features.py"],
+    "origin": ["test_probe.py", "test_features.py", "test_pull.py"],
     "norms": ["test_pull.py"],
     "patches": ["test_patches.py"],
     "pooling": ["test_pooling.py"],
@@ -104,7 +128,10 @@ Place = tuple[int, int]  # row and column
 # Lines that only a CUDA or MPS device can tell from their mutants.
 OTHER_DEVICES = (
     "torch.cuda.is_current_stream_capturing",
-    "self._values_checked",
+    "_values_checked",
+    "is not filled_by_mask",
+    'state["means"].device != features.device',
+    "self.norm.device != given.device",
     '"mps"',
     "_filled_on_cuda(z.device)",
     "TILE_ON_CUDA",
@@ -217,7 +244,11 @@ def leave_out(database: WorkDB, path: Path) -> None:
         lengths = "strict=True" in lines[at[0] - 1] and name.endswith("ReplaceTrueWithFalse")
         # Torch calls the methods of an autograd function on the class, where a static method is a function.
         static = name.endswith("RemoveDecorator") and "@staticmethod" in lines[at[0] - 1]
-        if annotated or of_other_devices or a_star or same or of_bools or lengths or static:
+        # Which line of the caller a warning names: no number fits both criterion(...) and criterion.terms(...).
+        caller = "stacklevel=" in lines[at[0] - 1] and name.endswith("NumberReplacer")
+        # The probe takes places modulo 1, by which cosmic-ray changes numbers.
+        whole = lines[at[0] - 1].startswith(("_PLACES = ", "_FURTHER = ")) and name.endswith("NumberReplacer")
+        if annotated or of_other_devices or a_star or same or of_bools or lengths or static or caller or whole:
             database.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
 
 

@@ -59,7 +59,7 @@ WHOLE = [
 # Of the choice of the terms' kernels.
 KERNELS = [
     "test_fused.py::test_terms_that_differ",
-    "test_fused.py::test_what_the_kernels_do_not_know_goes_the_plain_way",
+    "test_fused.py::test_the_same_embeddings_are_drawn",
     "test_fused.py::test_a_value_that_the_target_cannot_hold_is_ignored_nowhere",
     "test_fused.py::test_a_term_alone",
     "test_fused.py::test_logits_of_another_precision_have_a_cross_entropy_of_their_own",

@@ -1,6 +1,8 @@
 """What to say when an option or a tensor is not what a loss needs."""
 
 import numbers
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,16 @@ from torch import Tensor, nn
 LARGEST = torch.finfo(torch.float32).max
 GREY = 200  # a mask with such values beside others is a grey image rather than an index mask
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def warn(sentence: str) -> None:
+    """Warn at the line that called the package, which may have been through torch."""
+    level = 2
+    if not torch.compiler.is_compiling():
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+            frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)
 
 
 def check_integer(name: str, value: object, minimum: int) -> None:

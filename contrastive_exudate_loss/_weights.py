@@ -1,6 +1,5 @@
 """The base of CombinedExudateLoss: the weights of its two terms, numbers or Pulls, and what is saved of them."""
 
-import warnings
 from typing import Any, cast
 
 import torch
@@ -173,11 +172,10 @@ class WeightedLoss(MaskLoss):
             return
         self._calls_to_look -= 1
         if self._calls_to_look == 0 and not bool(cast("dict[str, Tensor]", self._pull_state)["terms"][COUNT]):
-            warnings.warn(
+            _checks.warn(
                 f"no backward pass came through the criterion's total in {CALLS_WITHOUT_BACKWARD} training calls, so "
                 "its Pull stays 0; differentiate what the criterion returns, or terms(...).total, not a sum of its "
                 "parts",
-                stacklevel=5,
             )
 
     def _with_numbers(self, weights: Tensor) -> Tensor:

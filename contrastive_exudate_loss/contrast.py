@@ -6,13 +6,13 @@ pass only has to scale it. Reference: Khosla et al. 2020 (arXiv 2004.11362); Tan
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from contrastive_exudate_loss import _checks
 from contrastive_exudate_loss.contrast_pairs import loss_by_pairs
 from contrastive_exudate_loss.contrast_rows import filled_by_mask, loss_by_rows, loss_of_few
 
@@ -196,10 +196,9 @@ def _filled_on_cuda(device: torch.device) -> Callable[..., None]:
     except torch.OutOfMemoryError:  # says nothing about Triton
         raise
     except Exception as error:  # for many reasons: no Triton, no C compiler, an old GPU, another driver version
-        warnings.warn(
+        _checks.warn(
             f"Triton does not work on {device}, so the contrastive terms fall back to slower code: "
             f"{type(error).__name__}: {error}",
-            stacklevel=2,
         )
         return filled_by_mask
     return filled_by_triton

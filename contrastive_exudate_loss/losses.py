@@ -663,11 +663,10 @@ class CombinedExudateLoss(WeightedLoss):
                 # Validation before the first training step, such as Lightning's sanity check.
                 if not self._told_to_wait:
                     self._told_to_wait = True
-                    warnings.warn(
+                    _checks.warn(
                         "the tap finds its layer in the first forward pass with gradients; until then the criterion "
                         "gives the supervised loss alone; to avoid this, name the layer with "
                         "FeatureTap(model, layer=NAME)",
-                        stacklevel=4,
                     )
                 return None
             if needed:
@@ -717,22 +716,20 @@ class CombinedExudateLoss(WeightedLoss):
     def _warn(self, name: str, sentence: str) -> None:
         if name not in self._warned:
             self._warned = (*self._warned, name)
-            warnings.warn(sentence, stacklevel=5)
+            _checks.warn(sentence)
 
     def _see_learning(self, learns: bool, pulls: bool) -> None:
         """Warn once: on the CPU at the first ignored pixels; elsewhere, where looking waits, in the first batch."""
         if learns and not self._learning_seen:
-            warnings.warn(
+            _checks.warn(
                 f"supervised has a gradient at ignored pixels (target == {self.ignore_index}), so it seems not to know "
                 "that value; set it there too, often with ignore_index=, or, if supervised should learn from these "
                 "pixels, give ignore_index to density and edge alone",
-                stacklevel=2,
             )
         elif not pulls and not self._learning_seen:
-            warnings.warn(
+            _checks.warn(
                 "supervised has no gradient at any pixel of a batch with lesions and ignored pixels (target == "
                 f"{self.ignore_index}), so it trains nothing there; tell it the value, often by ignore_index=, or give "
                 "ignored pixels another, such as 255",
-                stacklevel=2,
             )
         self._learning_seen = True

@@ -18,12 +18,18 @@ def batch(classes=1, images=2):
 
 
 def warned(criterion, *batches):
-    """The sentences, after the batches one after the other."""
+    """The sentences, after the batches one after the other; each names the line here."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for arguments in batches:
             criterion(*arguments)
+    assert {one.filename for one in found} <= {__file__}
     return [str(one.message) for one in found]
+
+
+def test_a_warning_names_the_line_of_any_call():
+    assert len(warned(CombinedExudateLoss.hecl(), batch(images=1))) == 1
+    assert len(warned(CombinedExudateLoss.hecl().terms, batch(images=1))) == 1
 
 
 @pytest.mark.parametrize("made", [torch.sigmoid, lambda logits: logits.softmax(1)])

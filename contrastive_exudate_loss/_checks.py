@@ -19,7 +19,9 @@ def warn(sentence: str) -> None:
     level = 2
     if not torch.compiler.is_compiling():
         frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+            (f"{__package__}.", "torch.")
+        ):
             frame, level = frame.f_back, level + 1
     warnings.warn(sentence, stacklevel=level)
 

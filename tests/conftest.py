@@ -15,6 +15,10 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # so that no test depends on which ran before it
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -210,6 +210,7 @@ def of_the_page():
         "and {:+.3f} over Tversky ({:+.3f}, {:+.3f}, {:+.3f})".format(np.mean(default[1]), *default[1]),
         "rises over the first third, gains {:+.3f} and {:+.3f}".format(*by_hand),
         "the default falls {:.3f} and {:.3f} short".format(*(np.array(by_hand) - np.mean(default, 1))),
+        "allows 0.003",
         "`Pull(1.0)` gains {:+.3f} and {:+.3f}, ".format(*np.mean(rising, 1))
         + "and in average precision {:+.3f} and {:+.3f} instead of {:+.3f} and {:+.3f}, ".format(
             *np.mean(areas, 2).ravel()

@@ -136,6 +136,8 @@ PULLED_OTHERWISE = {
     f"{loss} + edge, pull {times:g}, ramp": _but(BCE, supervised=loss, beta=times, weights="pull, ramp")
     for times in (1.0, 0.5, 2.0)
     for loss in ("dice + bce", "tversky", "bce")
+} | {
+    f"{loss} + edge, pull 2": _but(BCE, supervised=loss, beta=2.0, weights="pull") for loss in ("dice + bce", "tversky")
 }
 # Where a fixed weight fell short or was not tried.
 ELSEWHERE: dict[str, dict[str, Any]] = {

@@ -87,9 +87,9 @@ class PatchContrastLoss(MaskLoss):
         """How many embeddings of each label are selected, lowest sort_key first; None for all."""
         return None
 
-    def _for_kernels(self) -> fused.Density | fused.Edge:
-        """What the kernels have to know of this term."""
-        raise NotImplementedError
+    def _for_kernels(self) -> fused.Density | fused.Edge | None:
+        """What the kernels have to know of this term; None where they cannot compute it."""
+        return None
 
     def _regions(self, target: Tensor, sides: tuple[int, int]) -> Regions:
         """What to pool of a target, (B, K, H, W)."""
@@ -209,33 +209,37 @@ def _calls(
         return None
     alike: dict[Any, list[int]] = {}
     for n, term in enumerate(terms):
-        key = id(features[n]), sides[n], _held(term.ignore_index, target), term.contrast, _gathers(term)
+        # By options alone, so that all processes that gather make the same calls, whatever their sizes.
+        patch = term.patch_size, term.num_patches
+        key = id(features[n]), patch, term.ignore_index, term.contrast, _gathers(term)
         alike.setdefault(key, []).append(n)
-    calls: list[_Call] | None = []
-    for (_, patch, ignored, contrast, gathers), members in alike.items():
+    calls, able = [], True
+    for members in alike.values():
+        leader = members[0]
         options = [terms[n]._for_kernels() for n in members]
         density = next((option for option in options if isinstance(option, fused.Density)), None)
         edge = next((option for option in options if isinstance(option, fused.Edge)), None)
-        work = fused.Work(patch, ignored, contrast == "sup_con", density, edge)
-        function = fused.kernels(features[members[0]], target, patch)
-        if gathers:
-            work, function = _joint(work, function, features[members[0]], target)
-        if function is None:
-            calls = None
-        elif calls is not None:
-            calls.append(_Call(function, work, members))
-    return calls
+        ignored, is_sup_con = _held(terms[leader].ignore_index, target), terms[leader].contrast == "sup_con"
+        work = fused.Work(sides[leader], ignored, is_sup_con, density, edge)
+        function = fused.kernels(features[leader], target, sides[leader])
+        able = able and function is not None and None not in options
+        calls.append(_Call(function, work, members))
+    joint = [_gathers(terms[call.members[0]]) for call in calls]
+    for n, call in enumerate(calls):
+        if joint[n]:  # even if unable: the others wait for it
+            work, able = _joint(call.work, able, features[call.members[0]], target)
+            calls[n] = call._replace(work=work)
+    return calls if able else None
 
 
-def _joint(work: fused.Work, function: Any, features: Tensor, target: Tensor) -> tuple[fused.Work, Any]:
-    """Work for the embeddings of all processes, and its function: None on all of them where one cannot do it."""
-    lengths = *work.lengths(target), function is None
+def _joint(work: fused.Work, able: bool, features: Tensor, target: Tensor) -> tuple[fused.Work, bool]:
+    """Work for the embeddings of all processes, and whether all of them are able to do it."""
     facts = features.shape[1], features.itemsize, target.shape[1]
-    by_rank = agreed(lengths, *facts, device=features.device)
+    by_rank = agreed([*work.lengths(target), not able], *facts, device=features.device)
     rows = sum(density + edge for density, edge, _ in by_rank)
-    if any(unable for *_, unable in by_rank) or rows * target.shape[1] * features.shape[1] >= fused.OFFSETS:
-        function = None
-    return work._replace(ranks=tuple((density, edge) for density, edge, _ in by_rank)), function
+    fits = rows * target.shape[1] * features.shape[1] < fused.OFFSETS
+    ranks = tuple((density, edge) for density, edge, _ in by_rank)
+    return work._replace(ranks=ranks), fits and not any(unable for *_, unable in by_rank)
 
 
 def _gathers(term: PatchContrastLoss) -> bool:

@@ -1,4 +1,4 @@
-"""Contrasts of what is there, in five Triton kernels: all terms and classes at once, and nothing waits for a size.
+"""Contrasts of what is there, in six Triton kernels: all terms and classes at once, and nothing waits for a size.
 
 The embeddings of a contrast are compacted on the device, those of label 1 from the front of its rows and those of
 label 0 from the back, so that a tile is of one label or of two different ones, and rows without an embedding cost

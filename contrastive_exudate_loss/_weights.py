@@ -146,7 +146,7 @@ class WeightedLoss(MaskLoss):
             ValueError: in a training call, if there is no mean and no way to measure one.
         """
         state = cast("dict[str, Tensor]", self._pull_state)
-        if state["means"].device != features.device:
+        if any(tensor.device != features.device for tensor in state.values()):
             state.update((name, tensor.to(features.device)) for name, tensor in state.items())
         used = [n for n, is_used in enumerate((self._uses_density, self._uses_edge)) if is_used]
         pulls = [weight if isinstance(weight, Pull) else None for weight in (self._alpha, self._beta)]

@@ -222,9 +222,20 @@ def test_the_weight_grows_with_the_supervised_loss(scale):
     assert first[0] > 0
 
 
+def test_the_state_follows_the_features_where_the_tap_cannot_move_its_record(monkeypatch):
+    criterion, net = CombinedExudateLoss(features=FeatureTap(first := Net(), "head")), Net().to("meta")
+    trained_weights(criterion, first, 3)
+    other = CombinedExudateLoss(features=FeatureTap(net, "head"))
+    other.load_state_dict(criterion.state_dict())
+    monkeypatch.setattr(FeatureTap, "_can_record", lambda *_: False)  # as in a model compiled from the start
+    for step in range(3):
+        images, target = (tensor.to("meta") for tensor in batch(step))
+        assert other(net(images), target).is_meta
+
+
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("change", ["tap", "device"])
-def test_a_new_tap_or_device_goes_on_with_the_weights(change, every):
+@pytest.mark.parametrize("change", ["tap", "record"])
+def test_a_new_tap_or_record_goes_on_with_the_weights(change, every):
     weights = []
     for replaced in (False, True):
         net = Net()

@@ -29,7 +29,7 @@ from overhead.registers import registers
 
 from contrastive_exudate_loss import CombinedExudateLoss, PatchDensityContrastLoss, PatchEdgeContrastLoss, fused
 
-CHANNELS, DTYPES = (16, 32, 64), ("float32", "bfloat16")
+CHANNELS, DTYPES = (16, 32, 64, 256, 1024), ("float32", "bfloat16")
 Uses = dict[str, dict[str, list[int]]]
 
 
@@ -98,8 +98,8 @@ def _host_times() -> dict[str, float]:
 
 
 def register_uses(channels: Sequence[int] = CHANNELS, dtypes: Sequence[str] = DTYPES) -> Uses:
-    """By channels and dtype, and by kernel: registers, bytes spilled, bytes of shared memory; both terms and BCE."""
-    both, found = configurations()["both terms"], {}
+    """By channels and dtype, and by kernel: registers, bytes spilled, bytes of shared memory."""
+    both, found = configurations()["both, max_patches"], {}  # in which all kernels but that of Pull take part
     for number, dtype in itertools.product(channels, dtypes):
         logits, target, features = inputs_of(both, "cpu", images=1, channels=number)
         half = [tensor.detach().to(getattr(torch, dtype)).requires_grad_() for tensor in (logits, features)]

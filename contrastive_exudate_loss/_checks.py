@@ -15,7 +15,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def warn(sentence: str) -> None:
-    """Warn at the line that called the package, which may have been through torch."""
+    """Warn at the line that called the package, past frames of it and of torch; in compiled code at its own line."""
     level = 2
     if not torch.compiler.is_compiling():
         frame = sys._getframe(1)

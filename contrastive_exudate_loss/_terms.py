@@ -120,9 +120,9 @@ def term_losses(terms: Sequence[PatchContrastLoss], features: Sequence[Tensor], 
     losses: dict[int, Tensor] = {}
     calls = _calls(terms, features, target, sides)
     if calls is not None:
-        for function, work, members in calls:
-            found = function.apply(features[members[0]], None, target, work, 0.0, 0.0)
-            losses.update(zip(members, found, strict=True))
+        for call in calls:
+            found = call.function.apply(features[call.members[0]], None, target, call.work, 0.0, 0.0)
+            losses.update(zip(call.members, found, strict=True))
         return [losses[n] for n in range(len(terms))]
     if terms and target.shape[1] > 1 and target.is_cpu and _checks.may_read(target):
         target = _shown_classes(target, terms)
@@ -191,14 +191,16 @@ def _sides(terms: Sequence[PatchContrastLoss], target: Tensor) -> list[tuple[int
 class _Call(NamedTuple):
     """A call of the kernels.
 
-    function: fused_triton.Fused.
+    function: fused_triton.Fused; None where it cannot do the work.
     work: what it does.
     members: the terms whose losses it gives.
+    gathers: whether they contrast the embeddings of all processes.
     """
 
     function: Any
     work: fused.Work
     members: list[int]
+    gathers: bool
 
 
 def _calls(
@@ -211,35 +213,34 @@ def _calls(
     for n, term in enumerate(terms):
         # By options alone, so that all processes that gather make the same calls, whatever their sizes.
         patch = term.patch_size, term.num_patches
-        key = id(features[n]), patch, term.ignore_index, term.contrast, _gathers(term)
-        alike.setdefault(key, []).append(n)
-    calls, able = [], True
-    for members in alike.values():
+        alike.setdefault((id(features[n]), patch, term.ignore_index, term.contrast, _gathers(term)), []).append(n)
+    calls = []
+    for (_, _, ignore_index, contrast, gathers), members in alike.items():
         leader = members[0]
         options = [terms[n]._for_kernels() for n in members]
         density = next((option for option in options if isinstance(option, fused.Density)), None)
         edge = next((option for option in options if isinstance(option, fused.Edge)), None)
-        ignored, is_sup_con = _held(terms[leader].ignore_index, target), terms[leader].contrast == "sup_con"
-        work = fused.Work(sides[leader], ignored, is_sup_con, density, edge)
-        function = fused.kernels(features[leader], target, sides[leader])
-        able = able and function is not None and None not in options
-        calls.append(_Call(function, work, members))
-    joint = [_gathers(terms[call.members[0]]) for call in calls]
-    for n, call in enumerate(calls):
-        if joint[n]:  # even if unable: the others wait for it
-            work, able = _joint(call.work, able, features[call.members[0]], target)
-            calls[n] = call._replace(work=work)
-    return calls if able else None
+        work = fused.Work(sides[leader], _held(ignore_index, target), contrast == "sup_con", density, edge)
+        function = None if None in options else fused.kernels(features[leader], target, sides[leader])
+        calls.append(_Call(function, work, members, gathers))
+    if any(call.gathers for call in calls):
+        return _joint(calls, features[0], target)
+    return calls if all(call.function for call in calls) else None
 
 
-def _joint(work: fused.Work, able: bool, features: Tensor, target: Tensor) -> tuple[fused.Work, bool]:
-    """Work for the embeddings of all processes, and whether all of them are able to do it."""
+def _joint(calls: Sequence[_Call], features: Tensor, target: Tensor) -> list[_Call] | None:
+    """The calls, where they gather with the lengths of all processes; None on every process if one cannot do them."""
+    lengths = [length for call in calls for length in call.work.lengths(target)]
     facts = features.shape[1], features.itemsize, target.shape[1]
-    by_rank = agreed([*work.lengths(target), not able], *facts, device=features.device)
-    rows = sum(density + edge for density, edge, _ in by_rank)
-    fits = rows * target.shape[1] * features.shape[1] < fused.OFFSETS
-    ranks = tuple((density, edge) for density, edge, _ in by_rank)
-    return work._replace(ranks=ranks), fits and not any(unable for *_, unable in by_rank)
+    by_rank = agreed([all(call.function for call in calls), *lengths], *facts, device=features.device)
+    embeddings = sum(sum(rank[1:]) for rank in by_rank)
+    if not all(rank[0] for rank in by_rank) or embeddings * target.shape[1] * features.shape[1] >= fused.OFFSETS:
+        return None
+    joint = []
+    for n, call in enumerate(calls):
+        ranks = tuple((rank[2 * n + 1], rank[2 * n + 2]) for rank in by_rank)
+        joint.append(call._replace(work=call.work._replace(ranks=ranks)) if call.gathers else call)
+    return joint
 
 
 def _gathers(term: PatchContrastLoss) -> bool:

@@ -62,17 +62,17 @@ def agreed(
     by_rank = _gathered(facts).tolist()
     names = "channels of features", "bytes per value of features", "classes of target"
     for n, name in enumerate(names):
-        values = [facts[n] for facts in by_rank]
+        values = [of_rank[n] for of_rank in by_rank]
         if len(set(values)) > 1:
             raise ValueError(
                 f"features and target must agree on all processes with gather_distributed=True, got {name} by "
                 f"rank: {', '.join(map(str, values))}"
             )
-    return [facts[len(names) :] for facts in by_rank]
+    return [of_rank[len(names) :] for of_rank in by_rank]
 
 
 def rows_of_all_ranks(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Of each rank (K, length, ...), without gradients; own is that of this rank."""
+    """The (K, length, ...) of each rank, without gradients; own is that of this rank."""
     room = own
     if own.shape[1] < max(lengths):
         room = own.new_zeros((len(own), max(lengths), *own.shape[2:]))
@@ -81,16 +81,16 @@ def rows_of_all_ranks(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type
-def sum_of_ranks(loss: Tensor) -> Tensor:
-    """Sum of the losses of all processes, with gradients; every process must call it.
+def sum_of_ranks(own: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, with gradients; every process must call it.
 
     Args:
-        loss: (), floating.
+        own: floating, of the same shape on every process.
 
     Returns:
-        (), the same on every process.
+        Likewise, the same on every process.
     """
-    total: Tensor = _Sum.apply(loss)
+    total: Tensor = _Sum.apply(own)
     return total
 
 

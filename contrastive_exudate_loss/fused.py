@@ -8,7 +8,7 @@ from torch import Tensor
 from contrastive_exudate_loss.contrast import has_triton
 
 KERNELS = False  # on CUDA; off, since no GPU has run them yet
-CHANNELS = 1024  # at most, or a tile would not fit
+MOST_CHANNELS = 1024  # or a tile would not fit
 OFFSETS = 2**31  # all below it, in an image and in the sums
 
 
@@ -61,11 +61,15 @@ class Work(NamedTuple):
     edge: Edge | None
     ranks: tuple[tuple[int, int], ...] | None = None
 
+    def patches(self, target: Tensor) -> int:
+        """How many patches the images of a target (B, K, H, W) have."""
+        batch, _, height, width = target.shape
+        return batch * -(-height // self.sides[0]) * -(-width // self.sides[1])
+
     def lengths(self, target: Tensor) -> tuple[int, int]:
         """How many embeddings a class of the target can have for the density and for the edge term."""
-        batch, _, height, width = target.shape
-        patches = batch * -(-height // self.sides[0]) * -(-width // self.sides[1])
-        of_edge = 0 if self.edge is None else 2 * (batch if self.edge.per_image else patches)
+        patches = self.patches(target)
+        of_edge = 0 if self.edge is None else 2 * (len(target) if self.edge.per_image else patches)
         return 0 if self.density is None else patches, of_edge
 
 
@@ -86,7 +90,7 @@ def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
     sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * channels
     reach = sum((n - 1) * stride for n, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
     largest = max(sums, reach, height * width, height * rows, width * columns)
-    if channels > CHANNELS or largest >= OFFSETS or not has_triton(features.device):
+    if channels > MOST_CHANNELS or largest >= OFFSETS or not has_triton(features.device):
         return None
     from contrastive_exudate_loss.fused_triton import Fused, shared_memory
 

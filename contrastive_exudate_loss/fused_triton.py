@@ -1,7 +1,7 @@
 """The terms, and binary cross-entropy with them, in six Triton kernels forward and one or two backward.
 
-Between pooling and contrast come a sum over each image, where a band has one embedding an image, and a seventh kernel,
-where only some embeddings are taken.
+Between pooling and contrast come a sum and a maximum over each image, where a band has one embedding an image, one or
+two more kernels, where only some embeddings are taken, and the collectives of gather_distributed.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from contrastive_exudate_loss.distributed import rank_and_count, rows_of_all_ranks, sum_of_ranks
 from contrastive_exudate_loss.fused import Density, Edge, Work
-from contrastive_exudate_loss.pairs_triton import add_up, gather, logsumexp, negatives, positives, take
+from contrastive_exudate_loss.pairs_triton import add_up, compact, logsumexp, negatives, positives, take
 from contrastive_exudate_loss.pooling_triton import pool, spread
 from contrastive_exudate_loss.supervised_triton import spread_over_logits
 
-# Sizes of tiles and numbers of warps that spill no registers on an H100, as `benchmarks/kernels.py` reads.
+# Sizes of tiles and numbers of warps that spill no registers on an H100 up to 256 channels, as
+# `benchmarks/kernels.py` reads.
 PIXELS, CHANNELS, CELLS = 128, 32, 64  # of a patch, of features, of features to write at a time
-ROWS, GATHERED, SCANNED = 32, 64, 1024  # embeddings in a tile, to compact, labels to count at a time
-COMPARED = 128  # keys to compare with at a time
+ROWS, COMPACTED, SCANNED = 32, 64, 1024  # embeddings in a tile, to compact, labels to count at a time
+COMPARED = 32  # keys to compare with at a time
 LOGITS = 1024
 
 
@@ -42,8 +43,7 @@ class Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, classes, height, width = target.shape
         channels, rows, columns = features.shape[1:]
-        side_y, side_x = work.sides
-        patches = batch * -(-height // side_y) * -(-width // side_x)
+        patches = work.patches(target)
         density = work.density or Density(1.0, 1.0)
         edge = work.edge or Edge((0, 0), (0, 0), False, False, 1.0, 1.0)
         # Rows of a class: those of the density term, then those of the edge term.
@@ -59,27 +59,28 @@ class Fused(torch.autograd.Function):
         sums = torch.empty(classes, total, channels, **options)
         labels = torch.empty(classes, total, device=features.device, dtype=torch.int8)
         keys = _keys(density, edge, labels, first)
-        bands = sums, labels, first, total
+        bands, band_labels, band_first, band_total = sums, labels, first, total
         if edge.per_image:
-            size = classes, 2 * patches
-            bands = sums.new_empty(*size, channels), labels.new_empty(size), 0, 2 * patches
+            band_first, band_total = 0, 2 * patches
+            bands, band_labels = sums.new_empty(classes, band_total, channels), labels.new_empty(classes, band_total)
         supervised = None if logits is None else torch.empty(classes * patches, **options)
         numbers = torch.empty_like(supervised, dtype=torch.int32) if supervised is not None and ignores else None
 
-        shape = batch, classes, channels, height, width, rows, columns, side_y, side_x, total
+        shape = batch, classes, channels, height, width, rows, columns, *work.sides, total
         has = work.density is not None, work.edge is not None
-        radii = edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1]
+        # A longer radius reaches no more pixels.
+        radii = [min(radius, height + width) for radius in (edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1])]
         block = min(_tile(channels)[0], CHANNELS)
         with torch.cuda.device_of(features):  # Triton launches on the current device
             pool[classes * patches, -(-channels // CHANNELS)](
                 features, target, logits, codes, sums, labels, None if density.at_random else keys,
-                *bands, supervised, numbers, *features.stride(), *shape,
+                bands, band_labels, band_first, band_total, supervised, numbers, *features.stride(), *shape,
                 *radii, density.threshold, edge.threshold, ignored,
                 *has, edge.cross, edge.isolate, ignores, PIXELS, block, num_warps=8,
             )  # fmt: skip
             if edge.per_image:
-                torch.sum(bands[0].view(classes, band_rows, -1, channels), 2, out=sums[:, first:])
-                torch.amax(bands[1].view(classes, band_rows, -1), 2, out=labels[:, first:])
+                torch.sum(bands.view(classes, band_rows, -1, channels), 2, out=sums[:, first:])
+                torch.amax(band_labels.view(classes, band_rows, -1), 2, out=labels[:, first:])
             if density.at_random or edge.most:
                 most = density.most if density.at_random else 0, edge.most
                 labels = _taken(work, most, sums, labels, keys, first)
@@ -90,11 +91,11 @@ class Fused(torch.autograd.Function):
                 first = sum(length for length, _ in work.ranks)
             if selects:
                 labels = _taken(work, (density.most, 0), sums, labels, keys, first)
-            outputs, number = _contrasted(work, sums, labels, first, supervised, numbers, target.numel(), alpha, beta)
+            outputs, number = _contrasts(work, sums, labels, first, supervised, numbers, target.numel(), alpha, beta)
         # The sums have made room for their gradient.
         by_sums = sums if work.ranks is None else _own(sums, work.ranks)
-        ctx.save_for_backward(features, logits, target, codes, by_sums, number)
-        ctx.options = shape, *has, edge.per_image, work.ranks is not None, block, alpha, beta, ignored, ignores
+        ctx.save_for_backward(features, logits, None if logits is None else target, codes, by_sums, number)
+        ctx.options = work, shape, alpha, beta
         ctx.set_materialize_grads(False)
         return tuple(output for output in outputs if output is not None)
 
@@ -113,35 +114,39 @@ class _Gradients(torch.autograd.Function):
         options: Any,
         features: Tensor,
         logits: Tensor | None,
-        target: Tensor,
+        target: Tensor | None,
         codes: Tensor,
         by_sums: Tensor,
         number: Tensor | None,
         *by_outputs: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        shape, has_density, has_edge, per_image, joint, block, alpha, beta, ignored, ignores = options
+        work, shape, alpha, beta = options
         batch, _, channels, height, width, rows, columns, *_ = shape
+        has = work.density is not None, work.edge is not None
+        per_image = work.edge is not None and work.edge.per_image
+        block = min(_tile(channels)[0], CHANNELS)
         left = list(by_outputs)
         by_total, by_supervised = (left.pop(0), left.pop(0)) if logits is not None else (None, None)
-        by_density, by_edge = left.pop(0) if has_density else None, left.pop(0) if has_edge else None
-        of_terms = by_total, by_density, by_edge, alpha, beta
-        if joint:  # each process differentiates its own loss, which for the terms is that of all
+        by_density, by_edge = (left.pop(0) if there else None for there in has)
+        of_total = by_total
+        if work.ranks is not None:  # each process differentiates its own loss, which for the terms is that of all
             weighted = (alpha, by_density), (beta, by_edge)
             by_terms = torch.stack([_by_term(by_sums, by_total, *of_term) for of_term in weighted])
-            of_terms = None, *sum_of_ranks(by_terms), 0.0, 0.0
+            of_total, (by_density, by_edge) = None, sum_of_ranks(by_terms)
         by_features = by_logits = None
         with torch.cuda.device_of(features):
             if wanted[0]:
                 by_features = torch.empty_like(features)
                 spread[-(-rows * columns // CELLS), batch, -(-channels // block)](
-                    by_features, codes, by_sums, *of_terms, *by_features.stride(),
-                    *shape, -(-height // rows), -(-width // columns), has_density, has_edge, per_image, CELLS, block,
+                    by_features, codes, by_sums, of_total, by_density, by_edge, alpha, beta, *by_features.stride(),
+                    *shape, -(-height // rows), -(-width // columns), *has, per_image, CELLS, block,
                 )  # fmt: skip
             if logits is not None and wanted[1]:
                 by_logits = torch.empty_like(logits)
                 spread_over_logits[-(-logits.numel() // LOGITS),](
-                    by_logits, logits, target, number, by_total, by_supervised, logits.numel(), ignored, ignores, LOGITS
-                )
+                    by_logits, logits, target, number, by_total, by_supervised,
+                    logits.numel(), work.ignore_index or 0, work.ignore_index is not None, LOGITS,
+                )  # fmt: skip
         return by_features, by_logits
 
     @staticmethod
@@ -150,15 +155,16 @@ class _Gradients(torch.autograd.Function):
 
 
 def _by_term(like: Tensor, by_total: Tensor | None, weight: float, by_part: Tensor | None) -> Tensor:
-    """As factor of pooling_triton."""
+    """Gradient with respect to a term: its own, plus its weight times that with respect to the total."""
     if by_total is None:
         return like.new_zeros(()) if by_part is None else by_part
     return by_total * weight if by_part is None else torch.add(by_part, by_total, alpha=weight)
 
 
 def shared_memory(channels: int, itemsize: int) -> int:
-    """Bytes that a contrast of sums of so many channels needs on its multiprocessor, at most."""
+    """Upper bound on the shared memory of a program that contrasts sums of so many channels, in bytes."""
     block, tile = _tile(channels)
+    # Anchors, embeddings beside them and the gradient; similarities and their weights.
     return itemsize * tile * (3 * block + 2 * tile)
 
 
@@ -181,19 +187,19 @@ def _keys(density: Density, edge: Edge, labels: Tensor, first: int) -> Tensor | 
 
 
 def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys: Tensor | None, first: int) -> Tensor:
-    """The labels, 0 beyond so many of a label in the density and the edge term; their sums are set to 0."""
+    """Labels with at most so many of each kept in the density and the edge term; others become 0, as do their sums."""
     classes, total, channels = sums.shape
     sizes, longest, terms = _rows(work, first, total)
     block, taken = _tile(channels)[0], torch.empty_like(labels)
-    take[-(-longest // GATHERED), terms * classes](
+    take[-(-longest // COMPACTED), terms * classes](
         sums, labels, keys, taken, *sizes, channels, *most,
-        work.edge is not None, terms, GATHERED, block, COMPARED,
+        work.edge is not None, terms, COMPACTED, block, COMPARED,
     )  # fmt: skip
     return taken
 
 
 def _rows(work: Work, first: int, total: int) -> tuple[tuple[int, int], int, int]:
-    """Of a class the rows of the first contrast and of all, the rows of the longest, and how many contrasts."""
+    """The rows of a class's first contrast and of all of them, the rows of its longest contrast, and their number."""
     if work.density is None or work.edge is None:
         return (total, total), total, 1
     return (first, total), max(first, total - first), 2
@@ -208,13 +214,13 @@ def _joined(own: Tensor, ranks: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _own(everyones: Tensor, ranks: Sequence[tuple[int, int]]) -> Tensor:
-    """What of _joined is this process's."""
+    """This process's part of what _joined gives."""
     rank = rank_and_count()[0]
     parts = everyones.split([*(length for length, _ in ranks), *(length for _, length in ranks)], 1)
     return torch.cat([parts[rank], parts[len(ranks) + rank]], 1)
 
 
-def _contrasted(
+def _contrasts(
     work: Work, sums: Tensor, labels: Tensor, first: int,
     supervised: Tensor | None, numbers: Tensor | None, pixels: int, alpha: float, beta: float,
 ) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
@@ -223,7 +229,7 @@ def _contrasted(
     Afterwards sums hold their gradient.
 
     Args:
-        sums: (K, total, C): those of the density term first, as many as first says.
+        sums: (K, total, C), whose rows before first belong to the density term.
         labels: (K, total), int8.
         supervised, numbers: of each patch, as pool writes them.
         pixels: of the target.
@@ -235,16 +241,16 @@ def _contrasted(
     has_edge = work.edge is not None
     block, tile = _tile(channels)
     warps = 4 if block <= 256 else 8
-    gathered = min(GATHERED, max(16, 8192 // block))
+    compacted = min(COMPACTED, max(16, 8192 // block))
     programs = -(-longest // tile) + 1
     z, gradient = sums.new_empty(2, *sums.shape).unbind()
-    lengths, lse, weights = sums.new_empty(3, classes, total).unbind()
+    norms, lse, weights = sums.new_empty(3, classes, total).unbind()
     losses = sums.new_empty(terms * classes, programs)
     index, counts = torch.empty(classes, total, **whole), torch.empty(terms * classes, 2, **whole)
     wanted = *[supervised is not None] * 3, work.density is not None, has_edge
     number, *outputs = (sums.new_empty(()) if want else None for want in wanted)
-    gather[-(-longest // gathered), terms * classes](
-        sums, labels, z, lengths, index, counts, *sizes, terms, gathered, block, SCANNED
+    compact[-(-longest // compacted), terms * classes](
+        sums, labels, z, norms, index, counts, *sizes, terms, compacted, block, SCANNED
     )
     grid = programs, terms * classes
     temperatures = [part.temperature if part else 1.0 for part in (work.density, work.edge)]
@@ -254,7 +260,7 @@ def _contrasted(
     positives[grid](z, counts, lse, weights, losses, gradient, *sizes, *temperatures, *how, num_warps=warps)
     # From here on the sums are no longer read, and their gradient takes their place.
     negatives[grid](
-        z, lengths, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how, num_warps=warps
+        z, norms, index, counts, lse, weights, gradient, sums, *sizes, *temperatures, classes, *how, num_warps=warps
     )
     patches = 0 if supervised is None else len(supervised)
     add_up[1,](

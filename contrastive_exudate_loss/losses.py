@@ -529,17 +529,18 @@ class CombinedExudateLoss(WeightedLoss):
             mask = masks_of(index, self.classes, self.ignore_index)
         mask = plain(mask)
         self._look_for_misuse(plain(finest), mask, index)
-        if features is not None and features.requires_grad and not supervised.requires_grad:
-            self._look_at_gradient()
         if features is None:
             terms = []
+        else:
+            self._look_at_gradient(features, supervised)
+            features = plain(features) if ours else features
         each = [] if features is None else [features] * len(terms)
         weights = None
         if features is not None and self._has_pull():
             over_ranks = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
             weights, each = self._pulled(supervised, plain(features), is_tapped=is_tapped, over_ranks=over_ranks)
         if ours:
-            losses = term_losses(terms, [plain(own) for own in each], mask)
+            losses = term_losses(terms, each, mask)
         else:
             losses = [term(own, mask) for term, own in zip(terms, each, strict=True)]
         zero = supervised.new_zeros(())
@@ -591,6 +592,7 @@ class CombinedExudateLoss(WeightedLoss):
             return None
         self._check_values(target, [self.ignore_index, *(term.ignore_index for term in terms)])
         self._look_for_misuse(logits, target)
+        self._look_at_gradient(features, logits)
         total, supervised, *losses = found
         density = losses[0] if self._uses_density else total.new_zeros(())
         edge = losses[-1] if self._uses_edge else total.new_zeros(())
@@ -688,7 +690,10 @@ class CombinedExudateLoss(WeightedLoss):
             logits = type(logits)([seen, *logits[1:]]) if isinstance(logits, (list, tuple)) else seen
         return given_loss(supervised, logits, target, self.ignore_index, of_classes=self.classes is not None)
 
-    def _look_at_gradient(self) -> None:
+    def _look_at_gradient(self, features: Tensor, supervised: Tensor) -> None:
+        """Warn once if the features have a gradient and the supervised loss, or what it is computed from, has none."""
+        if not features.requires_grad or supervised.requires_grad:
+            return
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn(
                 "no gradient",
@@ -704,13 +709,13 @@ class CombinedExudateLoss(WeightedLoss):
                 "edge has scope='image', as in hecl(), which contrasts the bands of several images, but the batch has "
                 "one, so the term is 0; give batches of several images, or scope='patch'",
             )
-        if not _checks.may_read(mask) or not self._looks:
+        if not _checks.may_read(mask) or self._looks == 0:
             return
         found = dict(suspicions(logits, mask, self.ignore_index, index))
         self._looks = self._looks - 1 if mask.is_cpu else 0
         self._doubts = tuple(name for name in self._doubts if name in found and mask.is_cpu)
         for name, sentence in found.items():
-            if name not in CONFIRMED or (not self._looks and name in self._doubts):
+            if name not in CONFIRMED or (self._looks == 0 and name in self._doubts):
                 self._warn(name, sentence)
 
     def _warn(self, name: str, sentence: str) -> None:

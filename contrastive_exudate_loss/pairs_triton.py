@@ -65,8 +65,8 @@ def take(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def gather(
-    sums, labels, z, lengths, index, counts, first, total, channels,
+def compact(
+    sums, labels, z, norms, index, counts, first, total, channels,
     terms: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, scan: tl.constexpr,
 ):  # fmt: skip
     """Directions of the embeddings that are there; one program some rows of a contrast.
@@ -75,7 +75,7 @@ def gather(
         sums: (classes total, C), floating.
         labels: (classes total,), int8: 0 without an embedding, 1 for label 0, 2 for label 1.
         z: (classes total, C), to be written where there are embeddings: unit or zero vectors.
-        lengths: (classes total,), to be written likewise: z lengths = sums, of a zero vector infinite.
+        norms: (classes total,), to be written likewise: z norms = sums, of a zero vector infinite.
         index: (classes total,), int32, to be written likewise: the row of the sums.
         counts: (contrasts, 2), int32, to be written: the embeddings of label 1 and of label 0.
     """
@@ -107,7 +107,7 @@ def gather(
     norm = tl.sqrt(tl.sum(vector * vector, 1))
     norm = tl.where(norm < 1, 1, norm)  # the largest magnitude is 1 now, or all 0
     tl.store(z + to[:, None] * channels + c[None, :], vector / norm[:, None], there)
-    tl.store(lengths + to, norm * scale, label > 0)
+    tl.store(norms + to, norm * scale, label > 0)
     tl.store(index + to, start + r, label > 0)
 
 
@@ -155,7 +155,7 @@ def logsumexp(
     """Of each anchor's similarities with its negatives, for sup_con with all others; one program some anchors.
 
     Args:
-        z, counts: as gather makes them.
+        z, counts: as compact makes them.
         lse: (classes total,), to be written where there are anchors; 0 without negatives.
     """
     own, n, others, others_n, r = _anchors(counts, first, total, terms, rows)
@@ -237,7 +237,7 @@ def positives(
 
 @triton.jit(do_not_specialize=_SIZES)
 def negatives(
-    z, lengths, index, counts, lse, weights, gradient, by_sums,
+    z, norms, index, counts, lse, weights, gradient, by_sums,
     first, total, channels, density_temperature: tl.float64, edge_temperature: tl.float64, classes,
     edge: tl.constexpr, terms: tl.constexpr, sup_con: tl.constexpr,
     rows: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
@@ -245,7 +245,7 @@ def negatives(
     """The rest of the gradient, and of all of it what it is by the sums; one program some anchors.
 
     Args:
-        z, lengths, index, counts, lse, weights, gradient: as above.
+        z, norms, index, counts, lse, weights, gradient: as above.
         by_sums: (classes total, C), to be written where there are embeddings: of each term's loss.
     """
     own, n, others, others_n, r = _anchors(counts, first, total, terms, rows)
@@ -271,8 +271,8 @@ def negatives(
     by_z -= anchors * tl.sum(anchors * by_z, 1)[:, None]
     contrast = tl.program_id(1)
     scale = temperature * _losses_in(counts, contrast, sup_con).to(anchors.dtype)
-    scale *= _contrasted(counts, contrast % terms, classes, terms).to(anchors.dtype)
-    by_z /= tl.load(lengths + own + r, r < n, 1)[:, None] * scale
+    scale *= _classes_with_contrast(counts, contrast % terms, classes, terms).to(anchors.dtype)
+    by_z /= tl.load(norms + own + r, r < n, 1)[:, None] * scale
     to = tl.load(index + own + r, r < n, 0)
     tl.store(by_sums + to[:, None] * channels + c[None, :], by_z, stored)
 
@@ -339,7 +339,7 @@ def _mean(
         contrast = k * terms + of_term
         of_class = _total(losses + contrast * programs, programs, dtype, scan)
         loss += of_class / _losses_in(counts, contrast, sup_con).to(dtype)
-    return loss / _contrasted(counts, of_term, classes, terms).to(dtype)
+    return loss / _classes_with_contrast(counts, of_term, classes, terms).to(dtype)
 
 
 @triton.jit
@@ -354,7 +354,7 @@ def _losses_in(counts, contrast, sup_con: tl.constexpr):
 
 
 @triton.jit
-def _contrasted(counts, of_term, classes, terms: tl.constexpr):
+def _classes_with_contrast(counts, of_term, classes, terms: tl.constexpr):
     """How many classes have a contrast in a term: a pair of one label, and one of the other; 1 at least."""
     n = tl.full([], 0, tl.int32)
     for k in range(classes):

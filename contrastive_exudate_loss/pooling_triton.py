@@ -39,13 +39,13 @@ def pool(
         target: (B, K, H, W), contiguous.
         logits: (B, K, H, W), contiguous; None without a supervised loss.
         codes: (B, K, H, W), uint8, to be written: the masks.
-        sums: (K, total, C), of whose rows of a class the first (B, gh, gw) are to be written if there is a density
-            term: of the valid pixels.
-        labels: (K, total), int8, to be written likewise: 0 for an empty mask, 1 for label 0, 2 for label 1.
-        keys: (K, total), float64, to be written likewise: lowest of the densest dense and the sparsest sparse patches;
-            None if nobody reads them.
-        bands, band_labels: (K, band_total, C) and (K, band_total), of whose rows those from band_first on, (2, B, gh,
-            gw), are to be written likewise if there is an edge term: of the inner and the outer band.
+        sums: (K, total, C), to be written if there is a density term: in the first B gh gw rows of each class, over
+            the valid pixels of a patch.
+        labels: (K, total), int8, to be written in the same rows: 0 for an empty mask, 1 for label 0, 2 for label 1.
+        keys: (K, total), float64, to be written in the same rows: lowest for the densest dense and the sparsest sparse
+            patches; None if nobody reads them.
+        bands, band_labels: (K, band_total, C) and (K, band_total), to be written if there is an edge term: in the
+            2 B gh gw rows of each class from band_first on, over the inner and then over the outer bands.
         supervised: (K, B, gh, gw), to be written: the sum of the pixels' cross-entropies.
         numbers: (K, B, gh, gw), int32, to be written: how many valid pixels, where pixels are ignored.
         inner, outer: radii, in pixels, in sparse patches; dense_inner, dense_outer in dense ones.

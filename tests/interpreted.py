@@ -1,4 +1,4 @@
-"""Files of kernels once more, for Triton's interpreter, which runs on the CPU."""
+"""Triton's kernels in its interpreter, which runs on the CPU: their files, and the losses with them."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 
 from contrastive_exudate_loss import fused
 
-KERNELS = fused.kernels  # before any test puts another in its place
+kernels_or_none = fused.kernels  # before any test puts another in its place
 
 
 @functools.cache
@@ -47,11 +47,11 @@ def kernels_on(device):
     """The kernels inside, in the interpreter or on CUDA; gives the work of each call."""
     works = []
     if device == "cuda":
-        function, patches = KERNELS, [mock.patch.object(fused, "KERNELS", True)]
+        function, patches = kernels_or_none, [mock.patch.object(fused, "KERNELS", True)]
     else:
         pull_triton = importlib.import_module("contrastive_exudate_loss.pull_triton")
         module = interpreted("fused_triton")
-        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "GATHERED": 8, "SCANNED": 8}
+        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "COMPACTED": 8, "SCANNED": 8}
         sizes |= {"COMPARED": 8, "LOGITS": 64}
         patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
         patches += [mock.patch.object(fused, name, return_value=True) for name in ("switched_on", "runs")]

@@ -7,6 +7,7 @@ import torch
 from batches import assert_equal_values_and_gradients, batch
 from hypothesis import given
 from hypothesis import strategies as st
+from monai.data import MetaTensor
 from monai.losses import DiceLoss
 from strategies import features_for, masks
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -89,8 +90,9 @@ def test_weak_edge_is_the_edge_term_at_a_small_weight_and_takes_what_the_criteri
     torch.testing.assert_close(terms.total, squares_of_valid(logits, target) + 0.002 * terms.edge)
 
 
+@pytest.mark.parametrize("of", [torch.Tensor, MetaTensor])
 @pytest.mark.parametrize(("edge_side", "poolings"), [(16, 1), (8, 2)])
-def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, monkeypatch):
+def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, of, monkeypatch):
     calls = []
 
     def counted(*arguments):
@@ -98,7 +100,7 @@ def test_terms_of_equal_patches_share_one_pooling(edge_side, poolings, monkeypat
         return masked_sums(*arguments)
 
     monkeypatch.setattr(_terms, "masked_sums", counted)
-    CombinedExudateLoss(0.02, 0.1, edge=PatchEdgeContrastLoss(edge_side))(*batch())
+    CombinedExudateLoss(0.02, 0.1, edge=PatchEdgeContrastLoss(edge_side))(*(t.as_subclass(of) for t in batch()))
     assert len(calls) == poolings
 
 

@@ -118,25 +118,25 @@ def by_kernels(rank, count, function, calls, arguments):
 @pytest.mark.parametrize(
     "case", ["density, the best", "density, more patches allowed than there are", "edge, of images"]
 )
-def test_so_they_do_where_kernels_work_for_them(case, tmp_path):
+def test_kernels_on_all_ranks_give_the_loss_and_gradients_of_the_whole_batch(case, tmp_path):
     name, options = OPTIONS[case]
     arguments = name, options, (1, 5), 1, False
     results = on_ranks(2, tmp_path, by_kernels, gathered, 1, arguments, limit=3 * LIMIT)
     assert_all_equal(results, in_one_process(name, options, 1))
 
 
-def criterion_of_both(gathers):
+def criterion_of_both(gathers, edge=None):
     options = {"patch_size": 8, "ignore_index": -1, "gather_distributed": gathers}
     return CombinedExudateLoss(
         0.3,
         0.7,
         density=PatchDensityContrastLoss(threshold=0.4, **options),
-        edge=PatchEdgeContrastLoss(max_patches=10**4, **options),
+        edge=PatchEdgeContrastLoss(max_patches=10**4, **options | (edge or {})),
         ignore_index=-1,
     )
 
 
-def both_together(rank, count, unable):
+def both_together(rank, count, unable=None, edge=None):
     images, weight, target = batch()
     own = slice(3 * rank, 3 * rank + 3)
     size = 32 - 8 * rank
@@ -146,7 +146,7 @@ def both_together(rank, count, unable):
         if rank == unable:
             stack.enter_context(mock.patch.object(fused, "kernels", return_value=None))
         logits = features.new_zeros(target.shape).requires_grad_()
-        terms = criterion_of_both(True).terms(logits, target, features)
+        terms = criterion_of_both(True, edge).terms(logits, target, features)
     by_weight, by_logits = torch.autograd.grad(2 * terms.total + terms.edge, (weight, logits))
     valid = target != -1
     torch.testing.assert_close(by_logits, 2 * valid * (0.5 - target) / valid.sum())
@@ -163,6 +163,25 @@ def test_kernels_work_for_all_ranks_whatever_their_sizes_or_for_none(unable, cal
     wanted = terms.density.detach(), torch.autograd.grad(2 * terms.total + terms.edge, weight)[0]
     results = on_ranks(2, tmp_path, by_kernels, both_together, calls, (unable,), limit=3 * LIMIT)
     assert_all_equal(results, wanted)
+
+
+@pytest.mark.parametrize("unable", [None, 0])
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {
+            "patch_size": None,
+            "num_patches": 4,
+        },  # patches of 8 pixels on the first rank, as density has, of 6 on the other
+        {"gather_distributed": False},
+    ],
+)
+def test_kernels_make_the_same_calls_on_all_ranks(edge, unable, tmp_path):
+    wanted = on_ranks(2, tmp_path, both_together, None, edge)
+    calls = 2 if unable is None else 0
+    got = on_ranks(2, tmp_path, by_kernels, both_together, calls, (unable, edge), limit=3 * LIMIT)
+    for one, other in zip(got, wanted, strict=True):
+        assert_all_equal([one], other)
 
 
 @shares

@@ -8,7 +8,7 @@ import torch
 from batches import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import KERNELS, kernels_on
+from interpreted import kernels_on, kernels_or_none
 from monai.losses import DiceLoss
 from strategies import CONTRASTS, density_options, edge_options, features_for, masks
 from torch.nn import functional as F
@@ -233,7 +233,7 @@ def test_the_same_embeddings_are_drawn(device, density, edge):
 
 @devices
 @pytest.mark.parametrize("options", [{}, {"ignore_index": -1}])
-def test_hecl(device, options):
+def test_hecl_by_kernels_equals_the_plain_way(device, options):
     logits, target, features = small(ignored=options.get("ignore_index"), size=20, classes=2)
     target[0, 0, :8, :8] = 1
     assert_the_same(device, CombinedExudateLoss.hecl(**options), logits, target, features)
@@ -334,7 +334,8 @@ def test_what_wants_no_gradient_gets_none(device):
     logits, target, features = (tensor.detach().to(device) for tensor in small())
     with kernels_on(device):
         assert not criteria()(logits, target, features).requires_grad
-        criteria()(logits, target, features.requires_grad_()).backward()
+        with pytest.warns(UserWarning, match="the supervised loss has no gradient"):
+            criteria()(logits, target, features.requires_grad_()).backward()
     assert logits.grad is None
     assert features.grad.any()
 
@@ -350,9 +351,24 @@ def test_a_part_has_a_gradient_of_its_own(device):
 
 
 @devices
+def test_a_radius_may_be_larger_than_the_image(device):
+    logits, target, features = small(size=6)
+    assert_the_same(device, criteria(edge={"inner_radius": 10**6, "outer_radius": 10**9}), logits, target, features)
+
+
+@devices
+def test_the_target_may_change_before_the_backward_pass(device):
+    _, target, features = (tensor.detach().to(device).requires_grad_(n == 2) for n, tensor in enumerate(small()))
+    with kernels_on(device):
+        loss = criteria().edge(features, target)
+        target.zero_()
+        loss.backward()
+    assert features.grad.any()
+
+
+@devices
 def test_the_total_may_be_changed_in_place(device):
-    logits, target, features = (tensor.detach().to(device) for tensor in small())
-    features.requires_grad_()
+    logits, target, features = (tensor.detach().to(device).requires_grad_(n != 1) for n, tensor in enumerate(small()))
     with kernels_on(device):
         loss = criteria()(logits, target, features)
         loss += 1
@@ -362,8 +378,7 @@ def test_the_total_may_be_changed_in_place(device):
 
 @devices
 def test_there_is_no_second_derivative(device):
-    logits, target, features = (tensor.detach().to(device) for tensor in small())
-    features.requires_grad_()
+    logits, target, features = (tensor.detach().to(device).requires_grad_(n != 1) for n, tensor in enumerate(small()))
     with kernels_on(device):
         loss = criteria()(logits, target, features)
         (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
@@ -398,15 +413,15 @@ def test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton(monkeypatch):
 def test_kernels_want_triton_offsets_of_32_bits_and_tiles_that_fit(monkeypatch):
     features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
     monkeypatch.setattr(fused, "has_triton", lambda _: False)
-    assert KERNELS(features, target, sides) is None
+    assert kernels_or_none(features, target, sides) is None
     monkeypatch.setattr(fused, "has_triton", lambda _: True)
     gpu = SimpleNamespace(shared_memory_per_block_optin=2**16)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    assert KERNELS(features, target, sides) is not None
-    assert KERNELS(features.repeat(1, 100, 1, 1), target, sides) is None
+    assert kernels_or_none(features, target, sides) is not None
+    assert kernels_or_none(features.repeat(1, 100, 1, 1), target, sides) is None
     gpu.shared_memory_per_block_optin = 2**18
-    assert KERNELS(features.repeat(1, 100, 1, 1), target, sides) is not None
-    assert KERNELS(torch.empty(1, 1025, 8, 8), target, sides) is None
-    assert KERNELS(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
-    assert KERNELS(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
-    assert KERNELS(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None
+    assert kernels_or_none(features.repeat(1, 100, 1, 1), target, sides) is not None
+    assert kernels_or_none(torch.empty(1, 1025, 8, 8), target, sides) is None
+    assert kernels_or_none(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
+    assert kernels_or_none(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
+    assert kernels_or_none(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None

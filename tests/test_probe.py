@@ -96,7 +96,7 @@ MOVED = {
     "padded below": lambda m: F.pad(m, (0, 0, 0, 1)),
     "reflected": lambda m: F.pad(m, (1, 1, 1, 1), mode="reflect"),
     "columns flipped": lambda m: m.flip(-1),
-    "columns flipped twice over, and added": lambda m: m.flip(-1) + m.flip(-1),
+    "flipped columns added to themselves": lambda m: m.flip(-1) + m.flip(-1),
     "rows flipped": lambda m: m.flip(2),
     "turned by 180 degrees": lambda m: m.flip(2, 3),
     "turned by 90 degrees": lambda m: m.rot90(1, (2, 3)),

@@ -38,6 +38,7 @@ def configurations() -> dict[str, Configuration]:
         "both, stride 4": Configuration(CombinedExudateLoss(*PAPER), cells=64),
         "both, stride 256 / 60": Configuration(CombinedExudateLoss(*PAPER), cells=60),
         "both, a given supervised loss": Configuration(CombinedExudateLoss(*PAPER, supervised=_dice)),
+        "both, max_patches": Configuration(_both(max_patches=64)),
         "hecl()": Configuration(CombinedExudateLoss.hecl()),
         "BCE of a feature channel": Configuration(_LossOfAChannel(F.binary_cross_entropy_with_logits), alone),
         "CombinedExudateLoss() of it, tapped": Configuration(_LossOfAChannel(), alone),
@@ -57,6 +58,11 @@ def inputs_of(configuration: Configuration, device: str, *, images: int = 6, cha
         "features": torch.rand(images, channels, cells, cells, **learned),
     }
     return tuple(batch[name] for name in configuration.inputs)
+
+
+def _both(**options: Any) -> CombinedExudateLoss:
+    density, edge = PatchDensityContrastLoss(**options), PatchEdgeContrastLoss(**options)
+    return CombinedExudateLoss(*PAPER, density=density, edge=edge)
 
 
 class _LossOfAChannel:

@@ -46,7 +46,7 @@ def main() -> None:
         "eager": eager_counts(),
         "host": _host_times(),
     }
-    with kernels_on():
+    with package_kernels():
         figures |= {"fused": {"eager": eager_counts(), "host": _host_times(), "registers": register_uses()}}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -55,7 +55,7 @@ def main() -> None:
     print(register_table(figures["fused"]["registers"]), _compiled_table(), sep="\n\n")
 
 
-def kernels_on() -> contextlib.AbstractContextManager[bool]:
+def package_kernels() -> contextlib.AbstractContextManager[bool]:
     """Inside, the package's own kernels are switched on."""
     return mock.patch.object(fused, "KERNELS", True)
 

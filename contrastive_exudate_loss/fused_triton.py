@@ -18,7 +18,7 @@ from contrastive_exudate_loss.supervised_triton import spread_over_logits
 
 # Sizes of tiles and numbers of warps that spill no registers on an H100 up to 256 channels, as
 # `benchmarks/kernels.py` reads.
-PIXELS, CHANNELS, CELLS = 128, 32, 64  # of a patch, of features, of features to write at a time
+PIXEL_BLOCK, CHANNEL_BLOCK, CELL_BLOCK = 128, 32, 64  # of a patch, of features, of features to write at a time
 ROWS, COMPACTED, SCANNED = 32, 64, 1024  # embeddings in a tile, to compact, labels to count at a time
 COMPARED = 32  # keys to compare with at a time
 LOGITS = 1024
@@ -48,7 +48,7 @@ class Fused(torch.autograd.Function):
         edge = work.edge or Edge((0, 0), (0, 0), False, False, 1.0, 1.0)
         # Rows of a class: those of the density term, then those of the edge term.
         first, band_rows = work.lengths(target)
-        total = first + band_rows
+        places = first + band_rows
         target = target.contiguous()
         target = target.view(torch.uint8) if target.dtype == torch.bool else target
         logits = None if logits is None else logits.contiguous()
@@ -56,27 +56,27 @@ class Fused(torch.autograd.Function):
 
         options: Any = {"device": features.device, "dtype": torch.promote_types(features.dtype, torch.float32)}
         codes = torch.empty(target.shape, device=features.device, dtype=torch.uint8)
-        sums = torch.empty(classes, total, channels, **options)
-        labels = torch.empty(classes, total, device=features.device, dtype=torch.int8)
+        sums = torch.empty(classes, places, channels, **options)
+        labels = torch.empty(classes, places, device=features.device, dtype=torch.int8)
         keys = _keys(density, edge, labels, first)
-        bands, band_labels, band_first, band_total = sums, labels, first, total
+        bands, band_labels, band_first, band_places = sums, labels, first, places
         if edge.per_image:
-            band_first, band_total = 0, 2 * patches
-            bands, band_labels = sums.new_empty(classes, band_total, channels), labels.new_empty(classes, band_total)
+            band_first, band_places = 0, 2 * patches
+            bands, band_labels = sums.new_empty(classes, band_places, channels), labels.new_empty(classes, band_places)
         supervised = None if logits is None else torch.empty(classes * patches, **options)
         numbers = torch.empty_like(supervised, dtype=torch.int32) if supervised is not None and ignores else None
 
-        shape = batch, classes, channels, height, width, rows, columns, *work.sides, total
+        shape = batch, classes, channels, height, width, rows, columns, *work.sides, places
         has = work.density is not None, work.edge is not None
         # A longer radius reaches no more pixels.
         radii = [min(radius, height + width) for radius in (edge.inner[0], edge.outer[0], edge.inner[1], edge.outer[1])]
-        block = min(_tile(channels)[0], CHANNELS)
+        block = min(_tile(channels)[0], CHANNEL_BLOCK)
         with torch.cuda.device_of(features):  # Triton launches on the current device
-            pool[classes * patches, -(-channels // CHANNELS)](
+            pool[classes * patches, -(-channels // CHANNEL_BLOCK)](
                 features, target, logits, codes, sums, labels, None if density.at_random else keys,
-                bands, band_labels, band_first, band_total, supervised, numbers, *features.stride(), *shape,
+                bands, band_labels, band_first, band_places, supervised, numbers, *features.stride(), *shape,
                 *radii, density.threshold, edge.threshold, ignored,
-                *has, edge.cross, edge.isolate, ignores, PIXELS, block, num_warps=8,
+                *has, edge.cross, edge.isolate, ignores, PIXEL_BLOCK, block, num_warps=8,
             )  # fmt: skip
             if edge.per_image:
                 torch.sum(bands.view(classes, band_rows, -1, channels), 2, out=sums[:, first:])
@@ -124,7 +124,7 @@ class _Gradients(torch.autograd.Function):
         batch, _, channels, height, width, rows, columns, *_ = shape
         has = work.density is not None, work.edge is not None
         per_image = work.edge is not None and work.edge.per_image
-        block = min(_tile(channels)[0], CHANNELS)
+        block = min(_tile(channels)[0], CHANNEL_BLOCK)
         left = list(by_outputs)
         by_total, by_supervised = (left.pop(0), left.pop(0)) if logits is not None else (None, None)
         by_density, by_edge = (left.pop(0) if there else None for there in has)
@@ -137,9 +137,9 @@ class _Gradients(torch.autograd.Function):
         with torch.cuda.device_of(features):
             if wanted[0]:
                 by_features = torch.empty_like(features)
-                spread[-(-rows * columns // CELLS), batch, -(-channels // block)](
+                spread[-(-rows * columns // CELL_BLOCK), batch, -(-channels // block)](
                     by_features, codes, by_sums, of_total, by_density, by_edge, alpha, beta, *by_features.stride(),
-                    *shape, -(-height // rows), -(-width // columns), *has, per_image, CELLS, block,
+                    *shape, -(-height // rows), -(-width // columns), *has, per_image, CELL_BLOCK, block,
                 )  # fmt: skip
             if logits is not None and wanted[1]:
                 by_logits = torch.empty_like(logits)
@@ -188,8 +188,8 @@ def _keys(density: Density, edge: Edge, labels: Tensor, first: int) -> Tensor | 
 
 def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys: Tensor | None, first: int) -> Tensor:
     """Labels with at most so many of each kept in the density and the edge term; others become 0, as do their sums."""
-    classes, total, channels = sums.shape
-    sizes, longest, terms = _rows(work, first, total)
+    classes, places, channels = sums.shape
+    sizes, longest, terms = _rows(work, first, places)
     block, taken = _tile(channels)[0], torch.empty_like(labels)
     take[-(-longest // COMPACTED), terms * classes](
         sums, labels, keys, taken, *sizes, channels, *most,
@@ -198,15 +198,15 @@ def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys
     return taken
 
 
-def _rows(work: Work, first: int, total: int) -> tuple[tuple[int, int], int, int]:
+def _rows(work: Work, first: int, places: int) -> tuple[tuple[int, int], int, int]:
     """The rows of a class's first contrast and of all of them, the rows of its longest contrast, and their number."""
     if work.density is None or work.edge is None:
-        return (total, total), total, 1
-    return (first, total), max(first, total - first), 2
+        return (places, places), places, 1
+    return (first, places), max(first, places - first), 2
 
 
 def _joined(own: Tensor, ranks: Sequence[tuple[int, int]]) -> Tensor:
-    """(K, total, ...) of all processes, those for the density term first."""
+    """(K, places, ...) of all processes, those for the density term first."""
     blocks = rows_of_all_ranks(own, [sum(lengths) for lengths in ranks])
     density = [block[:, :length] for block, (length, _) in zip(blocks, ranks, strict=True)]
     edge = [block[:, length:] for block, (length, _) in zip(blocks, ranks, strict=True)]
@@ -229,14 +229,14 @@ def _contrasts(
     Afterwards sums hold their gradient.
 
     Args:
-        sums: (K, total, C), whose rows before first belong to the density term.
-        labels: (K, total), int8.
+        sums: (K, places, C), whose rows before first belong to the density term.
+        labels: (K, places), int8.
         supervised, numbers: of each patch, as pool writes them.
         pixels: of the target.
     """
-    classes, total, channels = sums.shape
+    classes, places, channels = sums.shape
     whole: Any = {"device": sums.device, "dtype": torch.int32}
-    rows, longest, terms = _rows(work, first, total)
+    rows, longest, terms = _rows(work, first, places)
     sizes = *rows, channels
     has_edge = work.edge is not None
     block, tile = _tile(channels)
@@ -244,9 +244,9 @@ def _contrasts(
     compacted = min(COMPACTED, max(16, 8192 // block))
     programs = -(-longest // tile) + 1
     z, gradient = sums.new_empty(2, *sums.shape).unbind()
-    norms, lse, weights = sums.new_empty(3, classes, total).unbind()
+    norms, lse, weights = sums.new_empty(3, classes, places).unbind()
     losses = sums.new_empty(terms * classes, programs)
-    index, counts = torch.empty(classes, total, **whole), torch.empty(terms * classes, 2, **whole)
+    index, counts = torch.empty(classes, places, **whole), torch.empty(terms * classes, 2, **whole)
     wanted = *[supervised is not None] * 3, work.density is not None, has_edge
     number, *outputs = (sums.new_empty(()) if want else None for want in wanted)
     compact[-(-longest // compacted), terms * classes](

@@ -51,7 +51,7 @@ def kernels_on(device):
     else:
         pull_triton = importlib.import_module("contrastive_exudate_loss.pull_triton")
         module = interpreted("fused_triton")
-        sizes = {"PIXELS": 16, "CHANNELS": 16, "CELLS": 16, "ROWS": 16, "COMPACTED": 8, "SCANNED": 8}
+        sizes = {"PIXEL_BLOCK": 16, "CHANNEL_BLOCK": 16, "CELL_BLOCK": 16, "ROWS": 16, "COMPACTED": 8, "SCANNED": 8}
         sizes |= {"COMPARED": 8, "LOGITS": 64}
         patches = [mock.patch.multiple(module, **sizes)]  # so that there are several of each
         patches += [mock.patch.object(fused, name, return_value=True) for name in ("switched_on", "runs")]

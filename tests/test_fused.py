@@ -393,35 +393,73 @@ def test_the_target_is_checked_in_the_first_call(device):
         criteria()(logits, 3 * target, features)
 
 
-def test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton(monkeypatch):
-    features = torch.empty(1, 4, 8, 8)
+@pytest.fixture
+def features_on_cuda(monkeypatch):
+    """Features that say they are on CUDA."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert not fused.switched_on(features)
+    return torch.empty(1, 4, 8, 8)
+
+
+@pytest.fixture
+def the_switch(monkeypatch):
     monkeypatch.setattr(fused, "KERNELS", True)
-    assert fused.switched_on(features)
-    for works in (False, True):
-        monkeypatch.setattr(fused, "has_triton", lambda _, works=works: works)
-        assert fused.runs(features) == works
-    assert not fused.switched_on(torch.nn.Parameter(features))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not fused.switched_on(features)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
-    assert not fused.switched_on(features)
 
 
-def test_kernels_want_triton_offsets_of_32_bits_and_tiles_that_fit(monkeypatch):
-    features, target, sides = torch.empty(1, 4, 8, 8), torch.empty(1, 1, 8, 8), (4, 4)
-    monkeypatch.setattr(fused, "has_triton", lambda _: False)
-    assert kernels_or_none(features, target, sides) is None
-    monkeypatch.setattr(fused, "has_triton", lambda _: True)
-    gpu = SimpleNamespace(shared_memory_per_block_optin=2**16)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    assert kernels_or_none(features, target, sides) is not None
-    assert kernels_or_none(features.repeat(1, 100, 1, 1), target, sides) is None
-    gpu.shared_memory_per_block_optin = 2**18
-    assert kernels_or_none(features.repeat(1, 100, 1, 1), target, sides) is not None
-    assert kernels_or_none(torch.empty(1, 1025, 8, 8), target, sides) is None
-    assert kernels_or_none(torch.empty(1, 4, 2**15, 2**14 + 1, device="meta"), target, sides) is None
-    assert kernels_or_none(torch.empty(1, 4, 2**16, 1), torch.empty(1, 1, 2**15, 1), sides) is None
-    assert kernels_or_none(features, torch.empty(2**14, 2**14, 4, 8, device="meta"), (2, 4)) is None
+def test_kernels_are_off_by_default(features_on_cuda):
+    assert not fused.switched_on(features_on_cuda)
+
+
+def test_a_switch_turns_kernels_on(features_on_cuda, the_switch):
+    assert fused.switched_on(features_on_cuda)
+
+
+def test_kernels_run_on_cuda_alone(the_switch):
+    assert not fused.switched_on(torch.empty(1, 4, 8, 8))
+
+
+def test_kernels_leave_tensor_subclasses_to_the_plain_way(features_on_cuda, the_switch):
+    assert not fused.switched_on(torch.nn.Parameter(features_on_cuda))
+
+
+def test_kernels_leave_compiled_code_to_the_plain_way(features_on_cuda, the_switch, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fused.switched_on(features_on_cuda)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_kernels_run_where_triton_does(there, features_on_cuda, the_switch, monkeypatch):
+    monkeypatch.setattr(fused, "has_triton", lambda _: there)
+    assert fused.runs(features_on_cuda) == there
+
+
+@pytest.fixture
+def serves(monkeypatch):
+    """Whether there are kernels for features of a shape, with the bytes of memory that a block of threads may share."""
+
+    def served(*shape, shared=2**16, triton=True):
+        monkeypatch.setattr(fused, "has_triton", lambda _: triton)
+        gpu = SimpleNamespace(shared_memory_per_block_optin=shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        target = torch.empty(1, 1, 8, 8)
+        return kernels_or_none(torch.empty(shape, device="meta"), target, (4, 4)) is not None
+
+    return served
+
+
+def test_kernels_want_triton(serves):
+    assert serves(1, 4, 8, 8)
+    assert not serves(1, 4, 8, 8, triton=False)
+
+
+def test_kernels_want_tiles_that_fit(serves):
+    assert not serves(1, 400, 8, 8)
+    assert serves(1, 400, 8, 8, shared=2**18)
+
+
+def test_kernels_want_1024_channels_at_most(serves):
+    assert serves(1, 1024, 8, 8, shared=2**30)
+    assert not serves(1, 1025, 8, 8, shared=2**30)
+
+
+def test_kernels_want_offsets_of_32_bits(serves):
+    assert not serves(1, 4, 2**15, 2**14 + 1)

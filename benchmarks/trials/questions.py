@@ -137,7 +137,8 @@ PULLED_OTHERWISE = {
     for times in (1.0, 0.5, 2.0)
     for loss in ("dice + bce", "tversky", "bce")
 } | {
-    f"{loss} + edge, pull 2": _but(BCE, supervised=loss, beta=2.0, weights="pull") for loss in ("dice + bce", "tversky")
+    f"{loss} + edge, pull 2": _but(BCE, supervised=loss, beta=2.0, weights="pull")
+    for loss in ("dice + bce", "tversky", "bce")
 }
 # Where a fixed weight fell short or was not tried.
 ELSEWHERE: dict[str, dict[str, Any]] = {
@@ -149,7 +150,7 @@ PULLED_ELSEWHERE = {
     for where, changes in ELSEWHERE.items()
     for name, settings in (
         (f"dice + bce, {where}", _but(PEERS["dice + bce"], **changes)),
-        (f"dice + bce + edge, pull 1, {where}", _but(PULLED["dice + bce + edge, pull 1"], **changes)),
+        (f"dice + bce + edge, pull 2, {where}", _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], **changes)),
     )
 }
 DISC = {

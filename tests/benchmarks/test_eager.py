@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels import eager_counts, eager_table, host_table, kernels_on, register_table, register_uses
+from kernels import eager_counts, eager_table, host_table, package_kernels, register_table, register_uses
 from overhead.configurations import Configuration, inputs_of
 from overhead.eager import Launch, eager_launches
 from overhead.host import host_microseconds
@@ -33,7 +33,7 @@ def test_eager_code_launches_as_much_as_is_recorded():
 
 
 def test_with_kernels_of_its_own_it_launches_as_much_as_is_recorded():
-    with kernels_on():
+    with package_kernels():
         assert eager_counts() == RECORDED["fused"]["eager"]
 
 
@@ -67,14 +67,14 @@ def test_gathering_launches_as_much_as_the_page_says(monkeypatch):
     options = {"gather_distributed": True}
     parts = {"density": PatchDensityContrastLoss(**options), "edge": PatchEdgeContrastLoss(**options)}
     criterion = CombinedExudateLoss(0.02, 0.1, **parts)
-    with kernels_on():
+    with package_kernels():
         found = eager_launches(criterion, *inputs_of(Configuration(criterion), "meta"))
     page = (ROOT / "docs/performance-cuda.md").read_text()
     assert f"With `gather_distributed` both terms launch {sum(map(len, found.values()))} " in page
 
 
 def test_kernels_compile_for_an_h100_and_spill_no_register():
-    with kernels_on():
+    with package_kernels():
         (used,) = register_uses([32], ["bfloat16"]).values()
     assert set(used) == set(RECORDED["fused"]["registers"]["32, bfloat16"])
     assert {kernel: spilled for kernel, (_, spilled, _) in used.items() if spilled} == {}
@@ -84,7 +84,7 @@ def test_kernels_compile_for_an_h100_and_spill_no_register():
 @pytest.mark.parametrize("contrast", ["nt_xent", "sup_con"])
 def test_the_contrast_needs_no_more_shared_memory_than_is_asked_for(channels, contrast):
     features, target = torch.rand(2, channels, 8, 8, requires_grad=True), torch.eye(32).expand(2, 1, 32, 32)
-    with kernels_on():
+    with package_kernels():
         used = registers(PatchEdgeContrastLoss(contrast=contrast), features, target)
     needed = fused_triton.shared_memory(channels, 4)
     assert needed / 2 < max(use.shared for use in used.values()) <= needed
@@ -114,7 +114,7 @@ def test_kernels_compile_with_other_options(criterion):
         logits = torch.nn.functional.interpolate(features[:, :2], target.shape[2:])
         return criterion(logits, target, features)
 
-    with kernels_on():
+    with package_kernels():
         used = registers(loss, features, target)
     assert {"pool", "positives", "negatives", "spread"} <= set(used)
     assert {kernel: use.spilled for kernel, use in used.items() if use.spilled} == {}

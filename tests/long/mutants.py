@@ -91,8 +91,9 @@ TESTS = {
     "distributed": ["test_distributed.py"],
     "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused", "test_pull.py"],
     "fused": [
-        "test_fused.py::test_kernels_are_off_and_run_in_eager_code_on_cuda_with_triton",
-        "test_fused.py::test_kernels_want_offsets_of_32_bits_and_tiles_that_fit",
+        *(f"test_fused.py::test_kernels_{law}" for law in ("are_off_by_default", "run_on_cuda_alone")),
+        "test_fused.py::test_kernels_leave_compiled_code_to_the_plain_way",
+        *(f"test_fused.py::test_kernels_want_{what}" for what in ("triton", "tiles_that_fit", "offsets_of_32_bits")),
     ],
     "graph": ["test_graph.py", "test_features.py", "test_probe.py"],
     "probe": ["test_probe.py"],

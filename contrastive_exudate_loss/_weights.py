@@ -123,7 +123,7 @@ class WeightedLoss(MaskLoss):
             _checks.check_number(name, value, 0)
         except TypeError as error:
             is_tensor = isinstance(value, Tensor)
-            remedy = f"give {name}.item()" if is_tensor else "for a weight that sets itself give Pull(1.0)"
+            remedy = f"give {name}.item()" if is_tensor else "for a weight that sets itself give Pull(2.0)"
             raise TypeError(f"{error}; {remedy}") from None
         # The compiler specialises on a float and would compile again for the next one; a tensor is an input.
         return torch.tensor(value, dtype=torch.float64, device="cpu"), bool(value)

@@ -270,7 +270,7 @@ class CombinedExudateLoss(WeightedLoss):
         total = supervised + alpha density + beta edge
 
     The default uses the edge term alone. The criterion sets its weight, a Pull, so that the term pulls at the features
-    as hard as the supervised loss. paper() has the paper's weights.
+    twice as hard as the supervised loss. paper() has the paper's weights.
 
     Args:
         alpha: weight of the density term: a finite number >= 0, or a Pull. 0 skips the term. May be set between steps.
@@ -328,7 +328,7 @@ class CombinedExudateLoss(WeightedLoss):
     def __init__(
         self,
         alpha: float | Pull = 0.0,
-        beta: float | Pull = Pull(1.0),
+        beta: float | Pull = Pull(2.0),
         *,
         supervised: Callable[[Tensor, Tensor], Any] | None = None,
         density: PatchDensityContrastLoss | None = None,

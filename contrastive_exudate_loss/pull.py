@@ -56,7 +56,7 @@ class Pull:
         Pull(times=0.5, warm_up=300)
     """
 
-    times: float = 1.0
+    times: float = 2.0
     warm_up: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:

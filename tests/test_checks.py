@@ -62,7 +62,7 @@ OPTIONS = [
     ((Combined,), {"alpha": math.nan}, ValueError, "alpha must be a number >= 0 and finite in float32, got nan"),
     ((Combined,), {"alpha": torch.tensor(0.1)}, TypeError, "float32, got tensor(0.1000) of type Tensor; give alpha.item()"),
     ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite in float32, got inf"),
-    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str; for a weight that sets itself give Pull(1.0)"),
+    ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str; for a weight that sets itself give Pull(2.0)"),
     ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got 'bce'"),
     ((Combined,), {"supervised": torch.nn.BCELoss}, TypeError, "supervised must be None or callable as (logits, target)"),
     ((Combined,), {"alpha": torch.nn.BCEWithLogitsLoss()}, TypeError, "alpha must be a number or a Pull, got a BCEWithLogitsLoss; give a model as features= and a loss as supervised="),
@@ -160,6 +160,13 @@ def test_bad_tensors_are_refused(module, name, value, error, text):
 def test_too_few_logits_channels_are_told_from_a_wrong_size():
     with pytest.raises(ValueError, match="give one target channel of 0 and 1 per lesion class"):
         Combined.paper()(LOGITS, MASK.repeat(1, 2, 1, 1), FEATURES)
+
+
+def test_a_class_axis_in_last_place_is_told_from_a_wrong_size():
+    with pytest.raises(ValueError, match=r"move target's class axis to second place with target.movedim\(3, 1\)"):
+        Combined.paper()(LOGITS, MASK.movedim(1, 3), FEATURES)
+    with pytest.raises(ValueError, match="resize logits with"):
+        Combined.paper()(LOGITS, MASK[..., :1], FEATURES)
 
 
 def test_a_value_beside_the_ignored_one_may_be_either():

@@ -149,7 +149,7 @@ def recipe(request, monkeypatch, tmp_path):
 
 def test_a_recipe_builds_the_criterion_of_its_file(recipe):
     criterion = recipe["criterion"] if "criterion" in recipe else recipe["cli"].model.criterion
-    expected = in_python(ours("CombinedExudateLoss", beta=ours("Pull", times=1.0, warm_up=10), supervised=DICE))
+    expected = in_python(ours("CombinedExudateLoss", beta=ours("Pull", times=2.0, warm_up=10), supervised=DICE))
     expected.tap = criterion.tap
     assert repr(criterion) == repr(expected)
 

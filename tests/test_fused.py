@@ -18,6 +18,7 @@ from contrastive_exudate_loss import (
     PatchDensityContrastLoss,
     PatchEdgeContrastLoss,
     Pull,
+    _terms,
     fused,
     pull,
 )
@@ -391,6 +392,42 @@ def test_the_target_is_checked_in_the_first_call(device):
     logits, target, features = (tensor.detach().to(device) for tensor in small())
     with kernels_on(device), pytest.raises(ValueError, match="target"):
         criteria()(logits, 3 * target, features)
+
+
+@pytest.fixture
+def work_of_two(monkeypatch):
+    """The calls of a criterion that gathers, in a group of two in which the other process can do so many of them."""
+
+    def calls(*, able=True, offsets=None):
+        # Lengths of the density term and of the edge term, of the work with the first, then of that with the second.
+        monkeypatch.setattr(_terms, "agreed", lambda own, *_, **__: [own, [able, 16, 0, 0, 8]])
+        monkeypatch.setattr(_terms, "rank_and_count", lambda: (0, 2))
+        monkeypatch.setattr(fused, "switched_on", lambda _: True)
+        monkeypatch.setattr(fused, "kernels", lambda *_: "kernels")
+        if offsets is not None:
+            monkeypatch.setattr(fused, "OFFSETS", offsets)
+        density = PatchDensityContrastLoss(4, gather_distributed=True)
+        edge = PatchEdgeContrastLoss(8, gather_distributed=True)
+        features, target = torch.empty(1, 5, 8, 8), torch.empty(1, 3, 16, 16)
+        return _terms._calls([density, edge], [features] * 2, target, [(4, 4), (8, 8)])
+
+    return calls
+
+
+def test_each_call_knows_the_lengths_of_all_processes(work_of_two):
+    density, edge = work_of_two()
+    assert density.work.ranks == ((16, 0), (16, 0))
+    assert edge.work.ranks == ((0, 8), (0, 8))
+
+
+def test_a_process_without_kernels_keeps_all_from_using_them(work_of_two):
+    assert work_of_two(able=False) is None
+
+
+def test_embeddings_of_all_processes_need_offsets_of_32_bits(work_of_two):
+    largest = 2 * (16 + 8) * 3 * 5  # embeddings, classes, channels
+    assert work_of_two(offsets=largest) is None
+    assert work_of_two(offsets=largest + 1) is not None
 
 
 @pytest.fixture

@@ -82,6 +82,8 @@ def test_repr_shows_the_options_that_are_set_and_nothing_else(name):
 def test_repr_names_options_parts_and_a_supervised_function():
     assert "supervised=<function" in repr(CombinedExudateLoss(0.02, 0.1, supervised=lambda logits, _: logits.mean()))
     assert "supervised" not in repr(CombinedExudateLoss.paper())
+    assert "classes=(1, 2)" in repr(CombinedExudateLoss(classes=[1, 2]))
+    assert "classes" not in repr(CombinedExudateLoss())
     assert "num_patches=4" in repr(MODULES["density"])
     assert "select=3" in repr(MODULES["density"])
     assert "inner_radius=(1, 2)" in repr(MODULES["edge"])

@@ -650,7 +650,7 @@ def test_a_linear_head_is_measured_too():
 def test_two_criteria_on_one_tap_measure_both():
     net = Net()
     tap = FeatureTap(net, "head")
-    first, second = CombinedExudateLoss(features=tap), CombinedExudateLoss(0.0, Pull(2.0), features=tap)
+    first, second = (CombinedExudateLoss(beta=Pull(times), features=tap) for times in (1.0, 2.0))
     for _ in range(4):
         images, target = batch(0)
         logits = net(images)
@@ -746,9 +746,9 @@ def test_times_0_weighs_nothing():
     assert not weights.any()
 
 
-def test_the_default_is_the_edge_term_at_a_pull_of_1():
+def test_the_default_is_the_edge_term_at_a_pull_of_2():
     criterion = CombinedExudateLoss()
-    assert (criterion.alpha, criterion.beta) == (0.0, Pull(1.0))
+    assert (criterion.alpha, criterion.beta) == (0.0, Pull(2.0))
     paper = CombinedExudateLoss.paper()
     assert (paper.alpha, paper.beta) == (0.02, 0.1)
 

@@ -95,7 +95,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--alpha", type=_weight, help="weight of the density term (default: the constructor's, 0)")
-    loss.add_argument("--beta", type=_weight, help="weight of the edge term (default: the constructor's, Pull(1.0))")
+    loss.add_argument("--beta", type=_weight, help="weight of the edge term (default: the constructor's, Pull(2.0))")
     loss.add_argument(
         "--patch-size",
         type=whole_number(1),

@@ -51,7 +51,7 @@ def test_a_run_gives_table_picture_and_figures(tmp_path, capsys):
     figures, code = run(tmp_path, "--seed", "4")
     assert code == 0
     table = capsys.readouterr().out
-    assert "\nDice + BCE + contrast: alpha 0.0, beta Pull(times=1.0, warm_up=0); 12 steps\n" in table
+    assert "\nDice + BCE + contrast: alpha 0.0, beta Pull(times=2.0, warm_up=0); 12 steps\n" in table
     for row in ("F1", "IoU", "average precision", "small-lesion recall", "seconds per step", "loss's share of a step"):
         assert f"\n{row}" in table
     assert "\npeak memory, MB" in table

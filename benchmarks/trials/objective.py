@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from data.photographs import CHANNELS
 from monai.losses.hausdorff_loss import HausdorffDTLoss
-from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, TverskyLoss
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
 from torch import Tensor, nn
 
 from contrastive_exudate_loss import (
@@ -18,6 +18,7 @@ from contrastive_exudate_loss import (
     PatchEdgeContrastLoss,
     Pull,
 )
+from trials.instances import blob_loss, cell_loss
 from trials.pairs import OtherPairsLoss
 
 IGNORED = -1
@@ -29,6 +30,13 @@ SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "hausdorff + bce": lambda: _sum(
         HausdorffDTLoss(include_background=True, sigmoid=True), nn.BCEWithLogitsLoss(), weight=0.01
     ),
+    # Made for small lesions, or for overlap: as published, and once more with another weight.
+    "cc-dice": lambda: _mixed(0.5, cell_loss),
+    "cc-dice, a fifth": lambda: _mixed(0.2, cell_loss),
+    "blob": lambda: _mixed(1 / 3, blob_loss),
+    "blob, a tenth": lambda: _mixed(0.1, blob_loss),
+    "lovasz": lambda: LovaszLoss("binary"),
+    "lovasz + bce": lambda: _sum(LovaszLoss("binary"), nn.BCEWithLogitsLoss()),
 }
 DISC = ("background", "ignored", "ignored by the terms")
 # How alpha and beta are meant: as they are, rising to that over the first third, as the share of the supervised loss's
@@ -180,6 +188,14 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
 
 def _with_background_for_ignored(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, target: loss(logits, target.clamp(min=0))
+
+
+def _mixed(share: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A share of this loss, the rest Dice + BCE."""
+    dice, bce = DiceLoss("binary"), nn.BCEWithLogitsLoss()
+    return lambda logits, target: (
+        share * loss(logits, target) + (1 - share) * (dice(logits, target) + bce(logits, target))
+    )
 
 
 def _sum(

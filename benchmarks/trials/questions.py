@@ -153,6 +153,11 @@ PULLED_ELSEWHERE = {
         (f"dice + bce + edge, pull 2, {where}", _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], **changes)),
     )
 }
+# What one would install for small lesions instead, as published and with another weight.
+OPPONENTS = {
+    name: _but(BCE, supervised=name)
+    for name in ("dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")
+} | {"dice + bce + edge, pull 2": PULLED_OTHERWISE["dice + bce + edge, pull 2"]}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -198,6 +203,7 @@ QUESTIONS = {
     "p": Question(_short({**PEERS_OF_PULL, **PULLED}), range(3), tested=False),
     "q": Question(_short({**PEERS_OF_PULL, **PULLED_OTHERWISE}), range(3), tested=False),
     "r": Question(_short(PULLED_ELSEWHERE), range(3), tested=False),
+    "o": Question(_short(OPPONENTS), range(3), tested=False),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

@@ -142,7 +142,7 @@ def test_losses_of_other_packages_work_untouched(name):
     ("change", "error", "text"),
     [
         (lambda x, t, f: (x[:, :4], t, f), ValueError, r"classes must be below .* channels, 4, got \(1, 2, 3, 4\)"),
-        (lambda x, t, f: (x, t + 2, f), ValueError, "classes from 0 to 4, one for each channel of logits, got 5"),
+        (lambda x, t, f: (x, t + 2, f), ValueError, "from 0 to 4, one for each channel of logits, got 5; give the net"),
         (lambda x, t, f: (x, (t > 1).byte() * 255, f), ValueError, r"got 255; .* into \(target > 127\).long\(\)"),
         (lambda x, t, f: (x, t * 80, f), ValueError, r"a grey mask, .* into \(target > 127\).long\(\)"),
         (

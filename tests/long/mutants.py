@@ -75,6 +75,7 @@ TESTS = {
     "_checks": [
         "test_checks.py",
         "test_labels.py",
+        "test_misuse.py",
         "test_losses.py::test_a_value_that_the_dtype_cannot_hold_is_ignored_nowhere",
     ],
     "_misuse": ["test_misuse.py"],

@@ -37,7 +37,7 @@ from trials.evaluation import best_thresholds, evaluation
 from trials.networks import network
 from trials.objective import Objective, gradient_norms
 from trials.questions import QUESTIONS, Question
-from trials.record import RESULTS, read_lines, runs_of
+from trials.record import RESULTS, file_name, read_lines, runs_of
 from trials.similarity import band_similarity
 
 LEARNING_RATE, WARM_UP = 1e-3, 50
@@ -130,7 +130,7 @@ def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> di
         figures["test"] = evaluation(model, test, settings, thresholds)
     networks = cache / "networks"
     networks.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), networks / f"{_file_name(name, question, seed)}.pt")
+    torch.save(model.state_dict(), networks / f"{file_name(name, question, seed)}.pt")
     return figures
 
 
@@ -160,14 +160,10 @@ def _missing(question: Question, options: argparse.Namespace) -> Iterator[tuple[
     claims = options.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     for seed, name in itertools.product(question.seeds[: options.seeds], question.arms):
-        with (claims / _file_name(name, question, seed)).open("w") as claim, contextlib.suppress(BlockingIOError):
+        with (claims / file_name(name, question, seed)).open("w") as claim, contextlib.suppress(BlockingIOError):
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
             if seed not in [run["seed"] for run in runs_of(name, question, read_lines(options.results))]:
                 yield name, seed
-
-
-def _file_name(name: str, question: Question, seed: int) -> str:
-    return f"{name.replace('/', 'by')}, seed {seed}, {question.device}"
 
 
 def _commit() -> str:

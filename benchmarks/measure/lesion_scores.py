@@ -12,6 +12,9 @@ Array = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 SMALL = 25  # pixels; a component with fewer is a small lesion
 NEAR = 2  # pixels, Euclidean: how far a predicted boundary may lie from the true one
+FAR = 8  # pixels, Euclidean: from which distance to all lesions an error is no matter of their outline
+# Pixels of a lesion, from which on it belongs to the next size.
+SIZES = (1, 10, 25, 100)
 OVERLAP = 0.1  # of the union of two components, from which one finds the other
 # Of the probability, for f1_by_threshold: logits from -8 to 8 in quarters, so that none of interest lies at an end.
 THRESHOLDS = tuple(1 / (1 + math.exp(-n / 4)) for n in range(-32, 33))
@@ -63,6 +66,43 @@ def counts(predicted: Array, lesion: Array, disc: Array) -> dict[str, int]:
         "predicted_edge": int(predicted_edge.sum()),
         "predicted_edge_near": int((predicted_edge & _near(edge)).sum()),
         "disc_fp": int((wrong & disc).sum()),
+    }
+
+
+def error_counts(predicted: Array, lesion: Array) -> dict[str, int]:
+    """Where the wrong pixels of one photograph lie, and which lesions are found.
+
+    Args:
+        predicted: (H, W), bool.
+        lesion: (H, W), bool.
+
+    Returns:
+        lesion: pixels.
+        fp_near, fp_between, fp_far: false positives within NEAR of a lesion, up to FAR, and beyond.
+        fn_near, fn_inside: false negatives within NEAR of the background, and deeper, in lesions that are touched.
+        fn_missed: pixels of lesions that no predicted pixel touches.
+        lesions_N, touched_N: lesions of N pixels and more, N of SIZES, below the next; and those touched.
+    """
+    wrong, missing = predicted & ~lesion, lesion & ~predicted
+    # From each pixel to the nearest lesion, and from each pixel of a lesion to the background.
+    outside, depth = (
+        np.full(lesion.shape, np.inf) if mask.all() else ndimage.distance_transform_edt(mask)
+        for mask in (~lesion, lesion)
+    )
+    labels, number = ndimage.label(lesion, EIGHT)
+    touched = np.isin(np.arange(number + 1), labels[predicted & lesion])
+    missed = lesion & ~touched[labels]
+    sizes = np.digitize(np.bincount(labels.ravel(), minlength=number + 1)[1:], SIZES)
+    return {
+        "lesion": int(lesion.sum()),
+        "fp_near": int((wrong & (outside <= NEAR)).sum()),
+        "fp_between": int((wrong & (outside > NEAR) & (outside <= FAR)).sum()),
+        "fp_far": int((wrong & (outside > FAR)).sum()),
+        "fn_near": int((missing & ~missed & (depth <= NEAR)).sum()),
+        "fn_inside": int((missing & ~missed & (depth > NEAR)).sum()),
+        "fn_missed": int(missed.sum()),
+        **{f"lesions_{size}": int((sizes == n + 1).sum()) for n, size in enumerate(SIZES)},
+        **{f"touched_{size}": int((touched[1:] & (sizes == n + 1)).sum()) for n, size in enumerate(SIZES)},
     }
 
 

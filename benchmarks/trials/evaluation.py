@@ -41,13 +41,13 @@ def evaluation(
     by_threshold: dict[str, list[list[list[float]]]] = {name: [[] for _ in settings.lesions] for name in grids}
     model.eval()
     for sample in samples:
-        probability = _probability(model, sample)
-        shown = np.asarray(probability.cpu())
+        predicted = probability(model, sample)
+        shown = np.asarray(predicted.cpu())
         disc = np.asarray(sample.lesion[CHANNELS.index("OD")])
         for k, lesion in enumerate(settings.lesions):
             mask = sample.lesion[CHANNELS.index(lesion)]
-            probabilities[k].append(probability[k].flatten())
-            truth[k].append(mask.flatten().to(probability.device))
+            probabilities[k].append(predicted[k].flatten())
+            truth[k].append(mask.flatten().to(predicted.device))
             for name, thresholds in grids.items() if mask.any() else ():
                 by_threshold[name][k].append(f1_by_threshold(shown[k], np.asarray(mask), thresholds))
             for level, own in zip(levels, found, strict=True):
@@ -80,7 +80,8 @@ def _mean_metrics(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
 
 
-def _probability(model: nn.Module, sample: Sample) -> Tensor:
+def probability(model: nn.Module, sample: Sample) -> Tensor:
+    """Of each lesion at each pixel of a photograph, (K, H, W)."""
     height, width = sample.image.shape[1:]
     image = sample.image.to(next(model.parameters()).device)
     filled = nn.functional.pad(image, (0, -width % ENCODER_STRIDE, 0, -height % ENCODER_STRIDE))

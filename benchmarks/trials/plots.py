@@ -51,3 +51,20 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
     figure.supxlabel(label, fontsize="medium")
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
+
+
+def write_errors(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
+    """Write one PNG: a bar for each arm, its parts the errors of each kind per 100 pixels of lesion."""
+    figure = Figure(figsize=(8, 1.5 + 0.5 * len(arms)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    left = np.zeros(len(arms))
+    for kind, colour in zip(next(iter(arms.values())), itertools.cycle((*COLOURS, "#56b4e9")), strict=False):
+        widths = np.array([errors[kind] for errors in arms.values()])
+        panel.barh(range(len(arms)), widths, left=left, color=colour, edgecolor="white", label=kind)
+        left += widths
+    panel.set_yticks(range(len(arms)), list(arms))
+    panel.invert_yaxis()
+    panel.set_xlabel("wrong pixels per 100 pixels of lesion")
+    panel.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.35))
+    figure.savefig(path, dpi=100)

@@ -33,3 +33,8 @@ def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> l
         and line.get("device", "cpu") == question.device
     }
     return [fitting[seed] for seed in sorted(fitting)]
+
+
+def file_name(name: str, question: Question, seed: int) -> str:
+    """Of what an arm's run leaves beside its line, without a suffix."""
+    return f"{name.replace('/', 'by')}, seed {seed}, {question.device}"

@@ -1,11 +1,24 @@
 """The study's counts are those of loops over pixels; its metrics those of torchmetrics where that has them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measure.lesion_scores import NEAR, OVERLAP, SMALL, THRESHOLDS, counts, f1_by_threshold, metrics
+from measure.lesion_scores import (
+    FAR,
+    NEAR,
+    OVERLAP,
+    SIZES,
+    SMALL,
+    THRESHOLDS,
+    counts,
+    error_counts,
+    f1_by_threshold,
+    metrics,
+)
 from torchmetrics.functional.classification import binary_f1_score, binary_jaccard_index
 
 
@@ -165,3 +178,31 @@ def test_a_photograph_can_count_several_times(images, data):
     wanted = metrics([photograph for photograph, n in zip(found, times, strict=True) for _ in range(n)])
     for name, got in metrics(found, [times, [1] * len(found)]).items():
         np.testing.assert_allclose(got, [wanted[name], metrics(found)[name]])
+
+
+@given(cases())
+def test_errors_are_counted_where_loops_over_pixels_find_them(case):
+    predicted, lesion, _ = case
+    true, found, background = (set(zip(*mask.nonzero(), strict=True)) for mask in (lesion, predicted, ~lesion))
+
+    def between(pixels, others, low, high):
+        """How many of the pixels have a distance in (low, high] to the nearest of the others."""
+        distances = [min((math.dist(p, q) for q in others), default=math.inf) for p in pixels]
+        return sum(low < distance <= high for distance in distances)
+
+    lesions = components(true)
+    missed = set().union(*(part for part in lesions if not part & found))
+    rest = true - found - missed
+    wanted = {
+        "lesion": len(true),
+        "fp_near": between(found - true, true, 0, NEAR),
+        "fp_between": between(found - true, true, NEAR, FAR),
+        "fp_far": between(found - true, true, FAR, math.inf),
+        "fn_near": between(rest, background, 0, NEAR),
+        "fn_inside": between(rest, background, NEAR, math.inf),
+        "fn_missed": len(missed),
+    }
+    for size, above in zip(SIZES, (*SIZES[1:], math.inf), strict=True):
+        own = [part for part in lesions if size <= len(part) < above]
+        wanted |= {f"lesions_{size}": len(own), f"touched_{size}": sum(bool(part & found) for part in own)}
+    assert error_counts(predicted, lesion) == wanted

@@ -5,6 +5,7 @@ import fcntl
 import json
 from pathlib import Path
 
+import errors
 import numpy as np
 import pytest
 import study
@@ -646,3 +647,31 @@ def test_similarity_is_that_of_the_features_inside_and_outside_a_contour(folder)
     found = band_similarity(model, samples, TINY)
     assert found == pytest.approx({"inner": 1, "outer": 1, "across": 0, "norm": 1})
     assert model.training
+
+
+def test_errors_are_those_of_the_kept_networks_on_their_folds(folder, monkeypatch, capsys):
+    monkeypatch.setattr(errors, "network", study.network)
+    lines = run(folder, "--question", "a", "--seeds", "1")
+    paths = ["--data", folder / "data", "--cache", folder / "cache", "--results", folder / "study.jsonl"]
+    paths += ["--json", folder / "errors.json", "--plot", folder / "errors.png"]
+    assert errors.main(["--question", "a", *map(str, paths)]) == 0
+    found = json.loads((folder / "errors.json").read_text())
+    assert list(found) == ["bce", "both"]
+    for line in lines:
+        (counted,) = found[line["arm"]]
+        fold = line["fold"]["photographs"]
+        assert counted["seed"] == 0
+        assert counted["fp_near"] + counted["fp_between"] + counted["fp_far"] == sum(p["fp"] for p in fold)
+        assert counted["fn_near"] + counted["fn_inside"] + counted["fn_missed"] == sum(p["fn"] for p in fold)
+        assert counted["lesion"] == sum(p["tp"] + p["fn"] for p in fold)
+    printed = capsys.readouterr().out
+    for arm, (counted,) in found.items():
+        assert f"{100 * counted['fp_far'] / counted['lesion']:.1f}" in printed[printed.index(f"| {arm} ") :]
+    with Image.open(folder / "errors.png") as picture:
+        assert picture.size[0] == 800
+
+
+def test_networks_that_are_not_there_are_asked_for(folder, capsys):
+    with pytest.raises(SystemExit):
+        errors.main(["--question", "a", "--data", str(folder / "data"), "--cache", str(folder / "cache")])
+    assert "has none of this question's networks" in capsys.readouterr().err

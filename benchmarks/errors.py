@@ -1,0 +1,118 @@
+"""Where do the study's networks err? Counts on the validation folds, from the networks that study.py has kept.
+
+    python benchmarks/errors.py --data PATH --question u --json benchmarks/results/errors.json --plot docs/errors.png
+
+Each network is judged on its own fold, at the threshold of its line in the results; the test photographs are not looked
+at, so that what is tried next does not come from them.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data.idrid import DataError
+from data.photographs import CHANNELS, photographs, train_validation_split
+from measure.arguments import whole_number, writable_file
+from measure.lesion_scores import SIZES, error_counts
+from measure.markdown import aligned
+from tqdm import tqdm
+from trials.evaluation import best_thresholds, probability
+from trials.networks import network
+from trials.plots import write_errors
+from trials.questions import QUESTIONS, Question
+from trials.record import RESULTS, file_name, read_lines, runs_of
+
+KINDS = {
+    "fp_near": "false, at most 2 px from a lesion",
+    "fp_between": "false, 2 to 8 px",
+    "fp_far": "false, farther",
+    "fn_near": "missing, at most 2 px from the background",
+    "fn_inside": "missing, deeper",
+    "fn_missed": "missing, of a lesion not touched",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, count, and write what was found; the process's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
+    parser.add_argument("--question", choices=QUESTIONS, required=True, help="whose networks: see docs/protocol.md")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(".study"), metavar="FOLDER", help="study.py's")
+    parser.add_argument("--threads", type=whole_number(1), default=1, help="threads (default: %(default)s)")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="file for the counts (default: none)")
+    parser.add_argument("--plot", type=writable_file, metavar="FILE", help="PNG of the kinds (default: none)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        found = errors_of(QUESTIONS[options.question], options)
+    except DataError as error:
+        print(f"errors.py: error: {error}", file=sys.stderr)
+        return 2
+    if not found:
+        parser.error(f"--cache has none of this question's networks: {options.cache / 'networks'}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        write_errors(options.plot, {arm: by_kind(runs) for arm, runs in found.items()})
+    print(errors_table(found))
+    return 0
+
+
+def errors_of(question: Question, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """For each arm the counts of each seed whose network is kept, summed over the photographs of its fold."""
+    lines = read_lines(options.results)
+    kept = [
+        (arm, run, options.cache / "networks" / f"{file_name(arm, question, run['seed'])}.pt")
+        for arm in question.arms
+        for run in runs_of(arm, question, lines)
+    ]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm, run, path in tqdm([one for one in kept if one[2].exists()], desc="networks"):
+        settings = question.arms[arm]
+        (lesion,) = settings.lesions
+        _, fold = train_validation_split(photographs(options.data, "train", settings.size, options.cache), run["seed"])
+        (threshold,) = best_thresholds(run["curve"][-1]["f1_by_threshold"])
+        model = network(settings.network, 1, run["seed"])
+        model.load_state_dict(torch.load(path, weights_only=True))
+        model.eval()
+        counted = [
+            error_counts(
+                np.asarray(probability(model, sample)[0]) > threshold,
+                np.asarray(sample.lesion[CHANNELS.index(lesion)]),
+            )
+            for sample in fold
+        ]
+        sums = {name: sum(one[name] for one in counted) for name in counted[0]}
+        found.setdefault(arm, []).append({"seed": run["seed"], **sums})
+    return found
+
+
+def by_kind(runs: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Wrong pixels per 100 pixels of lesion, by kind, the mean over seeds."""
+    return {kind: float(np.mean([100 * run[name] / run["lesion"] for run in runs])) for name, kind in KINDS.items()}
+
+
+def errors_table(found: Mapping[str, Sequence[Mapping[str, int]]]) -> str:
+    """A row for each arm: wrong pixels per 100 of lesion by kind, then the share of lesions touched by size."""
+    sizes = [f"{low} to {high - 1} px" for low, high in itertools.pairwise(SIZES)] + [f"{SIZES[-1]} px and more"]
+    rows = []
+    for arm, runs in found.items():
+        touched = [
+            f"{np.mean([run[f'touched_{size}'] / max(1, run[f'lesions_{size}']) for run in runs]):.0%}"
+            for size in SIZES
+        ]
+        rows.append([arm, str(len(runs)), *(f"{value:.1f}" for value in by_kind(runs).values()), *touched])
+    return aligned([["", "seeds", *KINDS.values(), *(f"touched, {size}" for size in sizes)], *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -126,7 +126,6 @@ TENSORS = [
     ("target", torch.zeros(16), ValueError, "got (16,); give a batch of 2-D images"),
     ("target", spoiled(2.7), ValueError, "got 2.7 (dtype torch.float32); say which values are lesion"),
     ("target", 4 + spoiled(1), ValueError, "got 4, 5 (dtype torch.float32); if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, 6)"),
-    ("target", dict.fromkeys("abcdef", MASK), TypeError, "give one of its values: output['a'], output['b'], output['c'], output['d'], output['e']"),
     ("target", {"masks": MASK}, TypeError, "got dict; give one of its values: output['masks']"),
     ("target", 3 + spoiled(1), ValueError, "got 3, 4 (dtype torch.float32); if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, 5)"),
     ("target", spoiled(-1).long(), ValueError, "target must hold only 0 and 1, got -1"),
@@ -211,6 +210,11 @@ def test_the_five_least_wrong_values_are_shown():
     mask[1, 0, 2, :7] = torch.tensor([9, 3, 8, 2, 3, 5, 7])
     with pytest.raises(ValueError, match=re.escape("got 2, 3, 5, 7, 8 (dtype")):
         Density()(FEATURES, mask)
+
+
+def test_five_keys_of_a_mapping_are_named_at_most():
+    with pytest.raises(TypeError, match=r"give one of its values: .*output\['e'\]$"):
+        Density()(FEATURES, dict.fromkeys("abcdef", MASK))
 
 
 def test_missing_features_are_named():

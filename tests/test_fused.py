@@ -396,11 +396,11 @@ def test_the_target_is_checked_in_the_first_call(device):
 
 @pytest.fixture
 def work_of_two(monkeypatch):
-    """The calls of a criterion that gathers, in a group of two in which the other process can do so many of them."""
+    """The calls of two terms that gather, in a group of two; able: whether the other process has kernels."""
 
     def calls(*, able=True, offsets=None):
         # Lengths of the density term and of the edge term, of the work with the first, then of that with the second.
-        monkeypatch.setattr(_terms, "agreed", lambda own, *_, **__: [own, [able, 16, 0, 0, 8]])
+        monkeypatch.setattr(_terms, "agreed", lambda own, *_, **__: [own, [able, 12, 0, 0, 6]])
         monkeypatch.setattr(_terms, "rank_and_count", lambda: (0, 2))
         monkeypatch.setattr(fused, "switched_on", lambda _: True)
         monkeypatch.setattr(fused, "kernels", lambda *_: "kernels")
@@ -416,8 +416,8 @@ def work_of_two(monkeypatch):
 
 def test_each_call_knows_the_lengths_of_all_processes(work_of_two):
     density, edge = work_of_two()
-    assert density.work.ranks == ((16, 0), (16, 0))
-    assert edge.work.ranks == ((0, 8), (0, 8))
+    assert density.work.ranks == ((16, 0), (12, 0))
+    assert edge.work.ranks == ((0, 8), (0, 6))
 
 
 def test_a_process_without_kernels_keeps_all_from_using_them(work_of_two):
@@ -425,7 +425,7 @@ def test_a_process_without_kernels_keeps_all_from_using_them(work_of_two):
 
 
 def test_embeddings_of_all_processes_need_offsets_of_32_bits(work_of_two):
-    largest = 2 * (16 + 8) * 3 * 5  # embeddings, classes, channels
+    largest = (16 + 8 + 12 + 6) * 3 * 5  # embeddings, classes, channels
     assert work_of_two(offsets=largest) is None
     assert work_of_two(offsets=largest + 1) is not None
 
@@ -439,6 +439,7 @@ def features_on_cuda(monkeypatch):
 
 @pytest.fixture
 def the_switch(monkeypatch):
+    """The package's kernels are switched on."""
     monkeypatch.setattr(fused, "KERNELS", True)
 
 
@@ -473,12 +474,12 @@ def test_kernels_run_where_triton_does(there, features_on_cuda, the_switch, monk
 def serves(monkeypatch):
     """Whether there are kernels for features of a shape, with the bytes of memory that a block of threads may share."""
 
-    def served(*shape, shared=2**16, triton=True):
+    def served(*shape, target=(1, 1, 8, 8), sides=(4, 4), shared=2**16, triton=True):
         monkeypatch.setattr(fused, "has_triton", lambda _: triton)
         gpu = SimpleNamespace(shared_memory_per_block_optin=shared)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-        target = torch.empty(1, 1, 8, 8)
-        return kernels_or_none(torch.empty(shape, device="meta"), target, (4, 4)) is not None
+        features, target = (torch.empty(size, device="meta") for size in (shape, target))
+        return kernels_or_none(features, target, sides) is not None
 
     return served
 
@@ -499,4 +500,7 @@ def test_kernels_want_1024_channels_at_most(serves):
 
 
 def test_kernels_want_offsets_of_32_bits(serves):
+    assert serves(1, 4, 2**15, 2**14)
     assert not serves(1, 4, 2**15, 2**14 + 1)
+    assert not serves(1, 4, 2**16, 1, target=(1, 1, 2**15, 1))
+    assert not serves(1, 4, 8, 8, target=(2**14, 2**14, 4, 8), sides=(2, 4))

@@ -30,7 +30,7 @@ SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "hausdorff + bce": lambda: _sum(
         HausdorffDTLoss(include_background=True, sigmoid=True), nn.BCEWithLogitsLoss(), weight=0.01
     ),
-    # Made for small lesions, or for overlap: as published, and once more with another weight.
+    # For small lesions, or for overlap: with the published weight and a smaller one; Lovász without and with BCE.
     "cc-dice": lambda: _mixed(0.5, cell_loss),
     "cc-dice, a fifth": lambda: _mixed(0.2, cell_loss),
     "blob": lambda: _mixed(1 / 3, blob_loss),
@@ -191,7 +191,7 @@ def _with_background_for_ignored(loss: Callable[[Tensor, Tensor], Tensor]) -> Ca
 
 
 def _mixed(share: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A share of this loss, the rest Dice + BCE."""
+    """The sum of share * loss and (1 - share) * (Dice + BCE)."""
     dice, bce = DiceLoss("binary"), nn.BCEWithLogitsLoss()
     return lambda logits, target: (
         share * loss(logits, target) + (1 - share) * (dice(logits, target) + bce(logits, target))

@@ -153,7 +153,7 @@ PULLED_ELSEWHERE = {
         (f"dice + bce + edge, pull 2, {where}", _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], **changes)),
     )
 }
-# What one would install for small lesions instead, as published and with another weight.
+# Other losses for small lesions or for overlap, with the published weight and a smaller one.
 OPPONENTS = {
     name: _but(BCE, supervised=name)
     for name in ("dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")

@@ -96,8 +96,14 @@ TESTS = {
     "features": ["test_features.py", "test_checks.py::test_a_bad_tap_is_refused", "test_pull.py"],
     "fused": [
         *(f"test_fused.py::test_kernels_{law}" for law in ("are_off_by_default", "run_on_cuda_alone")),
-        "test_fused.py::test_kernels_leave_compiled_code_to_the_plain_way",
+        "test_fused.py::test_a_switch_turns_kernels_on",
+        "test_fused.py::test_kernels_run_where_triton_does",
+        *(
+            f"test_fused.py::test_kernels_leave_{what}_to_the_plain_way"
+            for what in ("compiled_code", "tensor_subclasses")
+        ),
         *(f"test_fused.py::test_kernels_want_{what}" for what in ("triton", "tiles_that_fit", "offsets_of_32_bits")),
+        "test_fused.py::test_kernels_want_1024_channels_at_most",
     ],
     "graph": ["test_graph.py", "test_features.py", "test_probe.py"],
     "probe": ["test_probe.py"],

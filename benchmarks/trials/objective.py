@@ -20,6 +20,7 @@ from contrastive_exudate_loss import (
 )
 from trials.instances import blob_loss, cell_loss
 from trials.pairs import OtherPairsLoss
+from trials.variants import OtherEdgeLoss
 
 IGNORED = -1
 SUPERVISED: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -74,8 +75,9 @@ class Settings:
             raise ValueError(
                 f"disc must not be 'ignored' where supervised is {self.supervised!r}, which ignores nothing"
             )
-        if self.disc != "background" and "pairs" in self.density:
-            raise ValueError(f"disc must be 'background' where density has pairs, got {self.disc!r}")
+        for name, option, own in (("density", "pairs", self.density), ("edge", "variant", self.edge)):
+            if self.disc != "background" and option in own:
+                raise ValueError(f"disc must be 'background' where {name} has {option}, got {self.disc!r}")
 
 
 class Objective:
@@ -115,6 +117,8 @@ class Objective:
         if self.settings.disc != "background":
             disc = masks[:, CHANNELS.index("OD"), None]
             target = target.masked_fill(disc & (target == 0), IGNORED)
+        if isinstance(self.criterion.edge, OtherEdgeLoss):
+            self.criterion.edge.logits = logits.detach()
         if self.tap is None or self.pulls:
             return self.criterion.terms(logits, target)
         features = self.tap.take()
@@ -173,12 +177,17 @@ def _criterion(settings: Settings) -> CombinedExudateLoss:
             if "pairs" in settings.density
             else PatchDensityContrastLoss(ignore_index=ignore_index, **settings.density)
         )
+        edge = (
+            OtherEdgeLoss(**settings.edge)
+            if "variant" in settings.edge
+            else PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge)
+        )
         criterion = CombinedExudateLoss(
             settings.alpha,
             settings.beta,
             supervised=supervised,
             density=density,
-            edge=PatchEdgeContrastLoss(ignore_index=ignore_index, **settings.edge),
+            edge=edge,
             ignore_index=ignore_index,
         )
     if settings.disc == "ignored by the terms":

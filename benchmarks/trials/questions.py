@@ -158,6 +158,15 @@ OPPONENTS = {
     name: _but(BCE, supervised=name)
     for name in ("dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")
 } | {"dice + bce + edge, pull 2": PULLED_OTHERWISE["dice + bce + edge, pull 2"]}
+# Other embeddings for the edge term, beside its own.
+VARIED = {
+    name: _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], edge=edge)
+    for name, edge in (
+        ("dice + bce + edge, pull 2", {}),
+        ("dice + bce + edge by lesions, pull 2", {"variant": "lesions"}),
+        ("dice + bce + edge and decoys, pull 2", {"variant": "decoys"}),
+    )
+}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -204,6 +213,7 @@ QUESTIONS = {
     "q": Question(_short({**PEERS_OF_PULL, **PULLED_OTHERWISE}), range(3), tested=False),
     "r": Question(_short(PULLED_ELSEWHERE), range(3), tested=False),
     "o": Question(_short(OPPONENTS), range(3), tested=False),
+    "w": Question(_short({"dice + bce": PEERS["dice + bce"], **VARIED}), range(3), tested=False),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

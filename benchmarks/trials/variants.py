@@ -1,0 +1,92 @@
+"""Other embeddings for the edge term to contrast, which the study tries; none is in the package."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from contrastive_exudate_loss import PatchEdgeContrastLoss
+from contrastive_exudate_loss.contrast import contrast_loss
+from contrastive_exudate_loss.morphology import dilation, inner_contour, outer_contour
+
+VARIANTS = "lesions", "decoys"
+EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
+DECOYS = 64  # patches of a batch
+AWAY = 8  # pixels from any lesion, in rows or columns, that no pixel of a decoy has
+
+
+class OtherEdgeLoss(PatchEdgeContrastLoss):
+    """Contrast of the bands along contours, with other embeddings than PatchEdgeContrastLoss's.
+
+    Args:
+        variant: "lesions": one inner and one outer embedding for each lesion (8-connected) in place of each patch; a
+            pixel of a band belongs to the nearest lesion. "decoys": the patches' embeddings, and beside the outer ones
+            the means of whole patches that the network takes for lesion: of those away from lesions the 64 with the
+            highest mean logit.
+
+    Shape:
+        - features: (B, C, H, W), floating; 16 divides H and W, for decoys.
+        - target: (B, 1, H, W) of 0 and 1.
+    """
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+        self.variant = variant
+        self.logits: Tensor | None = None  # (B, 1, H, W), which decoys are chosen by: set before each call
+
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
+        """The loss, 0 where there is nothing to contrast; arguments as under Shape."""
+        lesion = target[:, 0] == 1
+        inner = inner_contour(lesion, ~lesion, 2, self.footprint)
+        outer = outer_contour(lesion, ~lesion, 2, self.footprint)
+        places = _nearest(lesion) if self.variant == "lesions" else _patches(lesion, 16)
+        sums, sizes = zip(*(_sums(features, band, places) for band in (inner, outer)), strict=True)
+        vectors, labels = torch.cat(sums), torch.repeat_interleave(torch.tensor([True, False]), len(sums[0]))
+        present = torch.cat(sizes) > 0
+        if self.variant == "decoys":
+            decoys = self._decoys(features, lesion)
+            vectors = torch.cat([vectors, decoys])
+            labels, present = (
+                torch.cat([flags, torch.full((len(decoys),), value)])
+                for flags, value in ((labels, False), (present, True))
+            )
+        return contrast_loss(vectors, labels, present, temperature=self.temperature)
+
+    def _decoys(self, features: Tensor, lesion: Tensor) -> Tensor:
+        """(decoys, C): mean features of the patches away from lesions with the highest mean logits."""
+        if self.logits is None:
+            raise ValueError("logits must be set before each call, got None")
+        near = F.max_pool2d(dilation(lesion, AWAY, "square")[:, None].float(), 16)
+        score = F.avg_pool2d(self.logits, 16).masked_fill(near > 0, -torch.inf).flatten()
+        best = score.topk(min(DECOYS, int(score.isfinite().sum()))).indices
+        return F.avg_pool2d(features, 16).movedim(1, -1).flatten(0, 2)[best]
+
+
+def _nearest(lesion: Tensor) -> Tensor:
+    """The number of each pixel's nearest lesion, (B, H, W), counted through the batch; 0 in images without lesions."""
+    found, before = np.zeros(lesion.shape, np.int64), 0
+    for n, mask in enumerate(lesion.numpy()):
+        labels, count = ndimage.label(mask, EIGHT)
+        if count:
+            rows, columns = ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+            found[n] = labels[rows, columns] - 1 + before
+            before += count
+    return torch.from_numpy(found)
+
+
+def _patches(lesion: Tensor, side: int) -> Tensor:
+    """The number of each pixel's patch, (B, H, W), counted through the batch."""
+    batch, height, width = lesion.shape
+    rows, columns = height // side, width // side
+    numbers = torch.arange(batch * rows * columns).view(batch, rows, columns)
+    return numbers.repeat_interleave(side, 1).repeat_interleave(side, 2)
+
+
+def _sums(features: Tensor, band: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the band's pixels at each place the sum of the features, (places, C), and the number, (places,)."""
+    count, own = int(places.max()) + 1, places[band]
+    vectors = features.movedim(1, -1)[band]
+    return vectors.new_zeros(count, features.shape[1]).index_add(0, own, vectors), torch.bincount(own, minlength=count)

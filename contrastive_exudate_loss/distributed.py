@@ -73,11 +73,10 @@ def agreed(
 
 def rows_of_all_ranks(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The (K, length, ...) of each rank, without gradients; own is that of this rank."""
-    room = own
-    if own.shape[1] < max(lengths):
-        room = own.new_zeros((len(own), max(lengths), *own.shape[2:]))
-        room[:, : own.shape[1]] = own
-    return [block[:, :length] for block, length in zip(_gathered(room), lengths, strict=True)]
+    missing = max(lengths) - own.shape[1]
+    if missing:
+        own = torch.cat([own, own.new_zeros((len(own), missing, *own.shape[2:]))], 1)
+    return [block[:, :length] for block, length in zip(_gathered(own), lengths, strict=True)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no type

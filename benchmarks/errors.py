@@ -21,12 +21,11 @@ from data.photographs import CHANNELS, photographs, train_validation_split
 from measure.arguments import whole_number, writable_file
 from measure.lesion_scores import SIZES, error_counts
 from measure.markdown import aligned
-from tqdm import tqdm
-from trials.evaluation import best_thresholds, probability
-from trials.networks import network
+from trials.evaluation import probability
+from trials.kept import kept_networks
 from trials.plots import write_errors
 from trials.questions import QUESTIONS, Question
-from trials.record import RESULTS, file_name, read_lines, runs_of
+from trials.record import RESULTS
 
 KINDS = {
     "fp_near": "false, at most 2 px from a lesion",
@@ -54,11 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         found = errors_of(QUESTIONS[options.question], options)
-    except DataError as error:
+    except (DataError, FileNotFoundError) as error:
         print(f"errors.py: error: {error}", file=sys.stderr)
         return 2
-    if not found:
-        parser.error(f"--cache has none of this question's networks: {options.cache / 'networks'}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
@@ -69,30 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def errors_of(question: Question, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """For each arm the counts of each seed whose network is kept, summed over the photographs of its fold."""
-    lines = read_lines(options.results)
-    kept = [
-        (arm, run, options.cache / "networks" / f"{file_name(arm, question, run['seed'])}.pt")
-        for arm in question.arms
-        for run in runs_of(arm, question, lines)
-    ]
     found: dict[str, list[dict[str, Any]]] = {}
-    for arm, run, path in tqdm([one for one in kept if one[2].exists()], desc="networks"):
-        settings = question.arms[arm]
-        (lesion,) = settings.lesions
-        _, fold = train_validation_split(photographs(options.data, "train", settings.size, options.cache), run["seed"])
-        (threshold,) = best_thresholds(run["curve"][-1]["f1_by_threshold"])
-        model = network(settings.network, 1, run["seed"])
-        model.load_state_dict(torch.load(path, weights_only=True))
-        model.eval()
+    for kept in kept_networks(question, options.results, options.cache):
+        (lesion,), (threshold,) = kept.settings.lesions, kept.thresholds
+        every = photographs(options.data, "train", kept.settings.size, options.cache)
         counted = [
             error_counts(
-                np.asarray(probability(model, sample)[0]) > threshold,
+                np.asarray(probability(kept.model, sample)[0]) > threshold,
                 np.asarray(sample.lesion[CHANNELS.index(lesion)]),
             )
-            for sample in fold
+            for sample in train_validation_split(every, kept.seed)[1]
         ]
         sums = {name: sum(one[name] for one in counted) for name in counted[0]}
-        found.setdefault(arm, []).append({"seed": run["seed"], **sums})
+        found.setdefault(kept.arm, []).append({"seed": kept.seed, **sums})
     return found
 
 

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.idrid import MASKED, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
+from data.idrid import MASKED, DataError, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
 from data.samples import Sample, random_crop
 
 CHANNELS = tuple(MASKED)  # of a photograph's masks: four lesions, then the optic disc
 EYE = 200, 3800  # columns that hold it, nearly: see docs/protocol.md
 FOLDS = 5
+DARK = 25  # of 255: pixels that are brighter in no colour are the ground around the eye
+SEEN = 0.02  # share of a row's or column's pixels, from which on it belongs to the eye
 BRIGHTNESS, CONTRAST = 0.1, 0.2  # largest change: of the range, and of the factor
 
 
@@ -43,6 +45,25 @@ def photographs(root: Path, split: str, size: int, cache: Path) -> list[Sample]:
         torch.save(samples, unfinished)
         unfinished.replace(kept)
     return [Sample(*fields) for fields in torch.load(kept)]
+
+
+def other_photographs(files: Sequence[Files], across: int) -> list[Sample]:
+    """Photographs of another data set with masks of exudates, as photographs gives those of IDRiD.
+
+    Each is cropped to the eye and reduced.
+
+    Args:
+        files: photographs and their masks.
+        across: width of the eye to reach, in pixels.
+
+    Returns:
+        Samples in the files' order; of a mask for each of CHANNELS all but that of exudates are empty.
+
+    Raises:
+        DataError: as idrid.read_image and idrid.read_lesion.
+    """
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda own: _read_other(own, across), files))
 
 
 def train_validation_split(samples: Sequence[Sample], fold: int) -> tuple[list[Sample], list[Sample]]:
@@ -74,6 +95,24 @@ def augmented_crops(
 def encoder_input(image: Tensor) -> Tensor:
     """0 to 255 brought to -1 to 1, as the pretrained encoder has it."""
     return image.float() / 127.5 - 1
+
+
+def _read_other(files: Files, across: int) -> Sample:
+    whole = read_image(files.image)
+    pixels = np.array(whole)
+    seen = pixels.max(2) > DARK
+    rows, columns = (np.flatnonzero(seen.mean(axis) > SEEN) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        raise DataError(f"'{files.image}' must show an eye before a dark ground, but it is dark everywhere")
+    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    scale = min(1, across / (right - left))
+    reduced = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    lesion = np.zeros((len(CHANNELS), reduced[1], reduced[0]), bool)
+    lesion[CHANNELS.index("EX")] = reduced_mask(read_lesion(files, whole.size)[top:bottom, left:right], reduced)
+    eye = whole.crop((int(left), int(top), int(right), int(bottom))).resize(reduced, Image.Resampling.BOX)
+    return Sample(
+        files.image.stem, torch.from_numpy(np.array(eye)).permute(2, 0, 1).contiguous(), torch.from_numpy(lesion)
+    )
 
 
 def _read(masks: Sequence[Files], size: int) -> Sample:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from data import photographs
-from data.idrid import DataError
+from data.idrid import DataError, Files
 from data.photographs import CHANNELS, FOLDS, augmented_crops, encoder_input, train_validation_split
 from data.samples import Sample
 from PIL import Image
@@ -96,3 +96,41 @@ def test_brightness_and_contrast_vary_within_their_bounds():
     assert (levels - 1).abs().max() <= bound + 1e-6
     assert (levels - 1).abs().max() > bound / 2
     assert torch.equal(encoder_input(torch.tensor([0, 255])), torch.tensor([-1.0, 1.0]))
+
+
+def eye_and_mask(folder, eye=(10, 40, 20, 80)):
+    """A bright eye, (top, bottom, left, right), with a dark red rim of noise around, and a lesion inside it."""
+    top, bottom, left, right = eye
+    pixels = np.full((50, 100, 3), (20, 9, 9), np.uint8)
+    pixels[top:bottom, left:right] = (90, 50, 20)
+    mask = np.zeros((50, 100), bool)
+    mask[20:30, 40:60] = True
+    Image.fromarray(pixels).save(folder / "eye.png")
+    Image.fromarray(mask).save(folder / "eye_EX.png")
+    return Files(folder / "eye.png", folder / "eye_EX.png")
+
+
+def test_photographs_of_other_data_sets_are_cropped_to_their_own_eye_and_reduced(tmp_path):
+    files = eye_and_mask(tmp_path)
+    (sample,) = photographs.other_photographs([files], 30)
+    assert sample.name == "eye"
+    assert torch.equal(sample.image, torch.tensor([90, 50, 20], dtype=torch.uint8).view(3, 1, 1).expand(3, 15, 30))
+    wanted = torch.zeros(len(CHANNELS), 15, 30, dtype=torch.bool)
+    wanted[CHANNELS.index("EX"), 5:10, 10:20] = True
+    assert torch.equal(sample.lesion, wanted)
+
+
+def test_a_smaller_eye_stays_as_it_is_and_some_bright_dust_is_none(tmp_path):
+    files = eye_and_mask(tmp_path)
+    pixels = np.array(Image.open(files.image))
+    pixels[3, 95] = 255  # one of 50 pixels of its column, one of 100 of its row
+    Image.fromarray(pixels).save(files.image)
+    (sample,) = photographs.other_photographs([files], 850)
+    assert sample.image.shape == (3, 30, 60)
+    assert sample.lesion.sum() == 200
+
+
+def test_a_photograph_without_an_eye_is_said(tmp_path):
+    files = eye_and_mask(tmp_path, eye=(0, 0, 0, 0))
+    with pytest.raises(DataError, match=r"'.*eye.png' must show an eye before a dark ground"):
+        photographs.other_photographs([files], 850)

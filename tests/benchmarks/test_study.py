@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import errors
+import external
 import numpy as np
 import pytest
 import study
@@ -17,14 +18,15 @@ from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS, counts
 from PIL import Image
 from scipy import stats
 from test_objective import Network
-from test_photographs import write_all
+from test_photographs import eye_and_mask, write_all
 from torch import nn
+from trials import kept
 from trials.differences import holm, of_each_seed, over_both, over_photographs, over_seeds, paired, pooled
 from trials.evaluation import best_thresholds, evaluation
 from trials.objective import Settings
 from trials.plots import COLOURS, write_differences
 from trials.questions import QUESTIONS, Question
-from trials.record import runs_of
+from trials.record import read_lines, runs_of
 from trials.similarity import band_similarity
 
 TINY = Settings(size=48, crop=32, batch=2, steps=3)
@@ -650,7 +652,7 @@ def test_similarity_is_that_of_the_features_inside_and_outside_a_contour(folder)
 
 
 def test_errors_are_those_of_the_kept_networks_on_their_folds(folder, monkeypatch, capsys):
-    monkeypatch.setattr(errors, "network", study.network)
+    monkeypatch.setattr(kept, "network", study.network)
     lines = run(folder, "--question", "a", "--seeds", "1")
     paths = ["--data", folder / "data", "--cache", folder / "cache", "--results", folder / "study.jsonl"]
     paths += ["--json", folder / "errors.json", "--plot", folder / "errors.png"]
@@ -672,6 +674,33 @@ def test_errors_are_those_of_the_kept_networks_on_their_folds(folder, monkeypatc
 
 
 def test_networks_that_are_not_there_are_asked_for(folder, capsys):
-    with pytest.raises(SystemExit):
-        errors.main(["--question", "a", "--data", str(folder / "data"), "--cache", str(folder / "cache")])
-    assert "has none of this question's networks" in capsys.readouterr().err
+    assert errors.main(["--question", "a", "--data", str(folder / "data"), "--cache", str(folder / "cache")]) == 2
+    assert "has no network of this question; train them with study.py" in capsys.readouterr().err
+
+
+def test_kept_networks_are_judged_once_on_other_photographs_at_their_folds_threshold(folder, monkeypatch):
+    monkeypatch.setattr(kept, "network", study.network)
+    lines = run(folder, "--question", "a", "--seeds", "1")
+    files = eye_and_mask(folder)
+    names = [("--images", "images", files.image), ("--masks", "masks", files.mask)]
+    arguments = ["--question", "a", "--output", folder / "external.jsonl"]
+    arguments += ["--cache", folder / "cache", "--results", folder / "study.jsonl"]
+    for option, name, file in names:
+        (folder / name).mkdir()
+        file.rename(folder / name / file.name)
+        arguments += [option, folder / name]
+    for _ in range(2):
+        assert external.main(list(map(str, arguments))) == 0
+    judged = read_lines(folder / "external.jsonl")
+    assert [(line["arm"], line["seed"]) for line in judged] == [("bce", 0), ("both", 0)]
+    for line, trained in zip(judged, lines, strict=True):
+        assert line["thresholds"] == best_thresholds(trained["curve"][-1]["f1_by_threshold"])
+        (photograph,) = line["test"]["tuned"]["photographs"]
+        assert photograph["name"] == "eye"
+        assert photograph["tp"] + photograph["fn"] == 200
+
+
+def test_folders_that_are_not_there_are_said(folder, capsys):
+    arguments = ["--question", "a", "--output", folder / "external.jsonl", "--images", folder / "no", "--masks", folder]
+    assert external.main(list(map(str, arguments))) == 2
+    assert capsys.readouterr().err.startswith("external.py: error: ")

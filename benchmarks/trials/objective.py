@@ -66,9 +66,11 @@ class Settings:
     edge: dict[str, Any] = dataclasses.field(default_factory=dict)
     layer: str | None = None
     projection: bool = False
+    data: str = "idrid"  # or "tiles", whose size is their own
 
     def __post_init__(self) -> None:
-        for name, choices in (("supervised", tuple(SUPERVISED)), ("disc", DISC), ("weights", WEIGHTS)):
+        allowed = {"supervised": tuple(SUPERVISED), "disc": DISC, "weights": WEIGHTS, "data": ("idrid", "tiles")}
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.disc == "ignored" and self.supervised != "bce":

@@ -31,7 +31,7 @@ class Question(NamedTuple):
         supervised loss and ignores the same pixels, or else the same loss, or else BCE.
         """
         own = self.arms[arm]
-        plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps)
+        plain = Settings(own.lesions, own.network, own.size, own.crop, own.batch, own.steps, data=own.data)
         alike = _but(plain, supervised=own.supervised)
         wanted = (_but(alike, disc=own.disc), alike, _but(plain, disc=own.disc), plain)
         return next((name for one in wanted for name, other in self.arms.items() if other == one and name != arm), None)
@@ -167,6 +167,13 @@ VARIED = {
         ("dice + bce + edge and decoys, pull 2", {"variant": "decoys"}),
     )
 }
+TILES = {
+    f"{name}, tiles": _but(settings, data="tiles", crop=96, batch=16)
+    for name, settings in (
+        ("dice + bce", PEERS["dice + bce"]),
+        ("dice + bce + edge, pull 2", PULLED_OTHERWISE["dice + bce + edge, pull 2"]),
+    )
+}
 DISC = {
     "bce": BCE,
     "both": PAPER,
@@ -214,6 +221,7 @@ QUESTIONS = {
     "r": Question(_short(PULLED_ELSEWHERE), range(3), tested=False),
     "o": Question(_short(OPPONENTS), range(3), tested=False),
     "w": Question(_short({"dice + bce": PEERS["dice + bce"], **VARIED}), range(3), tested=False),
+    "x": Question(TILES, range(7), tested=True),
     "f": Question(NETWORKS, range(3), tested=True),
     "g": Question(RESOLUTION, range(2), tested=True, device="cuda"),
     "n": Question(NATIVE, range(1), tested=True, device="cuda"),

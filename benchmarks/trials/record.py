@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trials.objective import Settings
 from trials.questions import Question
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
@@ -22,11 +23,11 @@ def runs_of(name: str, question: Question, lines: Sequence[dict[str, Any]]) -> l
     That is with the settings that the arm has now, with seeds that the question asks for, on its device, and after a
     look at the test photographs where they count. Of several lines of a seed the last one stands.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(question.arms[name])))
+    settings, defaults = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (question.arms[name], Settings()))
     fitting = {
         line["seed"]: line
         for line in lines
-        if line["settings"] == settings
+        if defaults | line["settings"] == settings  # which lines lack that are older than a setting
         and line["seed"] in question.seeds
         and (line["tested"] or not question.tested)
         # The first lines do not name it.

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import stats
 from test_objective import Network
 from test_photographs import eye_and_mask, write_all
+from test_tiles import write_tiles
 from torch import nn
 from trials import kept
 from trials.differences import holm, of_each_seed, over_both, over_photographs, over_seeds, paired, pooled
@@ -704,3 +705,18 @@ def test_folders_that_are_not_there_are_said(folder, capsys):
     arguments = ["--question", "a", "--output", folder / "external.jsonl", "--images", folder / "no", "--masks", folder]
     assert external.main(list(map(str, arguments))) == 2
     assert capsys.readouterr().err.startswith("external.py: error: ")
+
+
+def test_a_question_may_be_about_another_data_set(folder, monkeypatch):
+    arms = {name: dataclasses.replace(settings, data="tiles") for name, settings in ARMS.items()}
+    monkeypatch.setitem(QUESTIONS, "a", Question(arms, range(2), tested=True))
+    write_tiles(folder / "data")
+    for line in run(folder, "--question", "a", "--seeds", "1"):
+        assert line["settings"]["data"] == "tiles"
+        assert [photograph["name"] for photograph in line["test"]["photographs"]] == 2 * ["exp1_num_3", "exp1_num_7"]
+
+
+def test_lines_older_than_a_setting_count_as_runs_with_its_default(folder):
+    lines = run(folder, "--question", "d", "--seeds", "1")
+    del lines[0]["settings"]["data"]
+    assert runs_of("bce", QUESTIONS["d"], lines) == lines[:1]

@@ -2,8 +2,8 @@
 
     python benchmarks/errors.py --data PATH --question u --json benchmarks/results/errors.json --plot docs/errors.png
 
-Each network is judged on its own fold, at the threshold of its line in the results; the test photographs are not looked
-at, so that what is tried next does not come from them.
+Each network of a seed that all arms have is judged on its own fold, at the threshold of its line in the results. The
+test photographs are not looked at, so that what is tried next does not come from them.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def errors_of(question: Question, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """For each arm the counts of each seed whose network is kept, summed over the photographs of its fold."""
+    """For each arm the counts of each seed of which all arms' networks are kept, summed over the fold's photographs."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kept in kept_networks(question, options.results, options.cache):
         (lesion,), (threshold,) = kept.settings.lesions, kept.thresholds
@@ -79,7 +79,8 @@ def errors_of(question: Question, options: argparse.Namespace) -> dict[str, list
         ]
         sums = {name: sum(one[name] for one in counted) for name in counted[0]}
         found.setdefault(kept.arm, []).append({"seed": kept.seed, **sums})
-    return found
+    shared = set.intersection(*({run["seed"] for run in runs} for runs in found.values()))
+    return {arm: [run for run in runs if run["seed"] in shared] for arm, runs in found.items()}
 
 
 def by_kind(runs: Sequence[Mapping[str, int]]) -> dict[str, float]:

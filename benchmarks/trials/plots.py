@@ -55,7 +55,7 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
 
 def write_errors(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
     """Write one PNG: a bar for each arm, its parts the errors of each kind per 100 pixels of lesion."""
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(8, 2 + 0.5 * len(arms)), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     left = np.zeros(len(arms))
@@ -66,5 +66,5 @@ def write_errors(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
     panel.set_yticks(range(len(arms)), list(arms))
     panel.invert_yaxis()
     panel.set_xlabel("wrong pixels per 100 pixels of lesion")
-    panel.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.35))
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     figure.savefig(path, dpi=100)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import errors
 import numpy as np
 import pytest
 import summary
@@ -459,3 +460,33 @@ def test_the_pages_compare_runs_of_one_device(letter):
     for arm in question.arms:
         runs = runs_of(arm, question, LINES)
         assert {run.get("device", "cpu") for run in runs} == {question.device}
+
+
+def test_the_page_shows_the_errors_that_were_counted():
+    page = (ROOT / "docs/results.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/errors.json").read_text())
+    assert list(found) == ["dice + bce", "dice + bce + edge / 5, ramp"]
+    assert [run["seed"] for run in found["dice + bce"]] == [25, 26]
+    kinds = [dict(zip(errors.KINDS, errors.by_kind(runs).values(), strict=True)) for runs in found.values()]
+    rest = [one["fp_between"] + one["fn_inside"] for one in kinds]
+    touched = [
+        [
+            f"{np.mean([run[f'touched_{size}'] / run[f'lesions_{size}'] for run in runs]) * 100:.0f} %"
+            for size in (1, 10)
+        ]
+        for runs in found.values()
+    ]
+    cells = [
+        ["{fp_near:.1f}; {fn_near:.1f}".format(**one) for one in kinds],
+        ["{fp_far:.1f}".format(**one) for one in kinds],
+        ["{fn_missed:.1f}".format(**one) for one in kinds],
+        [f"{one:.1f}" for one in rest],
+        ["; ".join(one) for one in touched],
+    ]
+    holds(page, [f" | {' | '.join(row)} |\n" for row in cells])
+    for one in kinds:
+        assert (one["fp_near"] + one["fn_near"]) / sum(one.values()) == pytest.approx(0.6, abs=0.03)
+    for runs in found.values():
+        for run in runs:
+            missed = [run[f"lesions_{size}"] - run[f"touched_{size}"] for size in (1, 10, 25, 100)]
+            assert sum(missed[:2]) > 0.9 * sum(missed)

@@ -654,13 +654,14 @@ def test_similarity_is_that_of_the_features_inside_and_outside_a_contour(folder)
 
 def test_errors_are_those_of_the_kept_networks_on_their_folds(folder, monkeypatch, capsys):
     monkeypatch.setattr(kept, "network", study.network)
-    lines = run(folder, "--question", "a", "--seeds", "1")
+    lines = run(folder, "--question", "a")
+    (folder / "cache/networks/both, seed 1, cpu.pt").unlink()
     paths = ["--data", folder / "data", "--cache", folder / "cache", "--results", folder / "study.jsonl"]
     paths += ["--json", folder / "errors.json", "--plot", folder / "errors.png"]
     assert errors.main(["--question", "a", *map(str, paths)]) == 0
     found = json.loads((folder / "errors.json").read_text())
     assert list(found) == ["bce", "both"]
-    for line in lines:
+    for line in lines[:2]:
         (counted,) = found[line["arm"]]
         fold = line["fold"]["photographs"]
         assert counted["seed"] == 0

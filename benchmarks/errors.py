@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from data.idrid import DataError
-from data.photographs import CHANNELS, photographs, train_validation_split
+from data.photographs import CHANNELS, train_validation_split
 from measure.arguments import whole_number, writable_file
 from measure.lesion_scores import SIZES, error_counts
 from measure.markdown import aligned
@@ -26,6 +26,7 @@ from trials.kept import kept_networks
 from trials.plots import write_errors
 from trials.questions import QUESTIONS, Question
 from trials.record import RESULTS
+from trials.samples import samples_of
 
 KINDS = {
     "fp_near": "false, at most 2 px from a lesion",
@@ -40,7 +41,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, count, and write what was found; the process's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="IDRiD's folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="the data set's folder")
     parser.add_argument("--question", choices=QUESTIONS, required=True, help="whose networks: see docs/protocol.md")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the runs (default: %(default)s)"
@@ -65,17 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def errors_of(question: Question, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """For each arm the counts of each seed of which all arms' networks are kept, summed over the fold's photographs."""
+    """For each arm the counts of each seed of which all arms' networks are kept, summed over the fold."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kept in kept_networks(question, options.results, options.cache):
-        (lesion,), (threshold,) = kept.settings.lesions, kept.thresholds
-        every = photographs(options.data, "train", kept.settings.size, options.cache)
+        _, fold = train_validation_split(samples_of(kept.settings, options.data, "train", options.cache), kept.seed)
         counted = [
-            error_counts(
-                np.asarray(probability(kept.model, sample)[0]) > threshold,
-                np.asarray(sample.lesion[CHANNELS.index(lesion)]),
+            error_counts(np.asarray(own > threshold), np.asarray(sample.lesion[CHANNELS.index(lesion)]))
+            for sample in fold
+            for own, threshold, lesion in zip(
+                probability(kept.model, sample), kept.thresholds, kept.settings.lesions, strict=True
             )
-            for sample in train_validation_split(every, kept.seed)[1]
         ]
         sums = {name: sum(one[name] for one in counted) for name in counted[0]}
         found.setdefault(kept.arm, []).append({"seed": kept.seed, **sums})

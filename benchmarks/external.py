@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         samples = other_photographs(paired_files(options.images, options.masks), ACROSS)
+        judged = {(line["arm"], line["seed"]) for line in read_lines(options.output)}
         for kept in kept_networks(QUESTIONS[options.question], options.results, options.cache):
-            if (kept.arm, kept.seed) in [(line["arm"], line["seed"]) for line in read_lines(options.output)]:
+            if (kept.arm, kept.seed) in judged:
                 continue
             figures = evaluation(kept.model, samples, kept.settings, kept.thresholds)
             line = {"arm": kept.arm, "seed": kept.seed, "thresholds": kept.thresholds, "test": figures}

@@ -27,9 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from data.idrid import DataError
-from data.photographs import augmented_crops, photographs, train_validation_split
-from data.samples import Sample
-from data.tiles import tiles
+from data.photographs import augmented_crops, train_validation_split
 from measure.arguments import whole_number
 from measure.cost import PeakMemory, quartiles
 from measure.machine import environment
@@ -37,9 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 from trials.evaluation import best_thresholds, evaluation
 from trials.networks import network
-from trials.objective import Objective, Settings, gradient_norms
+from trials.objective import Objective, gradient_norms
 from trials.questions import QUESTIONS, Question
 from trials.record import RESULTS, file_name, read_lines, runs_of
+from trials.samples import samples_of
 from trials.similarity import band_similarity
 
 LEARNING_RATE, WARM_UP = 1e-3, 50
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> dict[str, Any]:
     """The figures of one run of an arm, ready for JSON; the cache keeps its network."""
     settings, device = question.arms[name], torch.device(question.device)
-    train, validation = train_validation_split(_samples(settings, data, "train", cache), seed)
+    train, validation = train_validation_split(samples_of(settings, data, "train", cache), seed)
     model = network(settings.network, len(settings.lesions), seed).to(device)
     objective = Objective(settings, model)
     parameters = [*model.parameters(), *(objective.projection.parameters() if objective.projection else ())]
@@ -128,16 +127,12 @@ def run(name: str, question: Question, seed: int, data: Path, cache: Path) -> di
         "peak_memory_bytes": peak,
     }
     if question.tested:
-        test = _samples(settings, data, "test", cache)
+        test = samples_of(settings, data, "test", cache)
         figures["test"] = evaluation(model, test, settings, thresholds)
     networks = cache / "networks"
     networks.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), networks / f"{file_name(name, question, seed)}.pt")
     return figures
-
-
-def _samples(settings: Settings, data: Path, split: str, cache: Path) -> list[Sample]:
-    return tiles(data, split) if settings.data == "tiles" else photographs(data, split, settings.size, cache)
 
 
 def _now(device: torch.device) -> float:

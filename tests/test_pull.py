@@ -480,7 +480,10 @@ def test_a_loss_scaler_and_accumulation_drop_out():
 def test_in_float16_the_scaler_keeps_the_gradients_and_so_the_weight():
     def weight(scale, half):
         net = Net()
-        loss = lambda logits, target: 0.01 * binary_cross_entropy_with_logits(logits, target)  # noqa: E731
+
+        def loss(logits, target):
+            return 0.01 * binary_cross_entropy_with_logits(logits, target)
+
         criterion = CombinedExudateLoss(supervised=loss, features=FeatureTap(net, "head"))
         images, target = batch(0)
         images, target = images.repeat(1, 1, 8, 8), target.repeat(1, 1, 8, 8)

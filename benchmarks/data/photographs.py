@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.idrid import MASKED, DataError, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
+from data.idrid import MASKED, Array, DataError, Files, read_image, read_lesion, reduced_mask, reduced_size, split_files
 from data.samples import Sample, random_crop
 
 CHANNELS = tuple(MASKED)  # of a photograph's masks: four lesions, then the optic disc
@@ -60,10 +60,17 @@ def other_photographs(files: Sequence[Files], across: int) -> list[Sample]:
         Samples in the files' order; of a mask for each of CHANNELS all but that of exudates are empty.
 
     Raises:
-        DataError: as idrid.read_image and idrid.read_lesion.
+        DataError: as idrid.read_image and idrid.read_lesion; or a photograph is dark everywhere.
     """
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda own: _read_other(own, across), files))
+
+
+def with_one_mask(name: str, picture: Image.Image, lesion: Array) -> Sample:
+    """A sample whose (H, W) mask takes the place of exudates; the other masks of CHANNELS are empty."""
+    masks = np.zeros((len(CHANNELS), *lesion.shape), bool)
+    masks[CHANNELS.index("EX")] = lesion
+    return Sample(name, _pixels(picture), torch.from_numpy(masks))
 
 
 def train_validation_split(samples: Sequence[Sample], fold: int) -> tuple[list[Sample], list[Sample]]:
@@ -107,12 +114,9 @@ def _read_other(files: Files, across: int) -> Sample:
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     scale = min(1, across / (right - left))
     reduced = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    lesion = np.zeros((len(CHANNELS), reduced[1], reduced[0]), bool)
-    lesion[CHANNELS.index("EX")] = reduced_mask(read_lesion(files, whole.size)[top:bottom, left:right], reduced)
     eye = whole.crop((int(left), int(top), int(right), int(bottom))).resize(reduced, Image.Resampling.BOX)
-    return Sample(
-        files.image.stem, torch.from_numpy(np.array(eye)).permute(2, 0, 1).contiguous(), torch.from_numpy(lesion)
-    )
+    lesion = reduced_mask(read_lesion(files, whole.size)[top:bottom, left:right], reduced)
+    return with_one_mask(files.image.stem, eye, lesion)
 
 
 def _read(masks: Sequence[Files], size: int) -> Sample:
@@ -120,5 +124,9 @@ def _read(masks: Sequence[Files], size: int) -> Sample:
     eye = whole.crop((EYE[0], 0, min(EYE[1], whole.width), whole.height))
     reduced = reduced_size(eye.size, size)
     lesions = [reduced_mask(read_lesion(files, whole.size)[:, slice(*EYE)], reduced) for files in masks]
-    pixels = torch.from_numpy(np.array(eye.resize(reduced, Image.Resampling.BOX)))
-    return Sample(masks[0].image.stem, pixels.permute(2, 0, 1).contiguous(), torch.from_numpy(np.stack(lesions)))
+    pixels = _pixels(eye.resize(reduced, Image.Resampling.BOX))
+    return Sample(masks[0].image.stem, pixels, torch.from_numpy(np.stack(lesions)))
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -10,10 +10,9 @@ Reference: Huang et al. 2020, The Visual Computer 36, doi 10.1007/s00371-018-158
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.idrid import DataError, read_image
-from data.photographs import CHANNELS
+from data.photographs import with_one_mask
 from data.samples import Sample
 
 FOLDERS = "MT_Blowhole", "MT_Crack"
@@ -48,7 +47,4 @@ def _read(path: Path) -> Sample:
     image, mask = read_image(path), read_image(path.with_suffix(".png"))
     if mask.size != image.size:
         raise DataError(f"'{path.with_suffix('.png')}' must have its photograph's size, {image.size}, got {mask.size}")
-    lesion = np.zeros((len(CHANNELS), image.height, image.width), bool)
-    lesion[CHANNELS.index("EX")] = np.array(mask).max(2) > HALF
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return Sample(path.stem, pixels, torch.from_numpy(lesion))
+    return with_one_mask(path.stem, image, np.array(mask).max(2) > HALF)

@@ -4,13 +4,11 @@ Written from the papers; details that these leave open follow their published co
 of the target; a Dice loss is 1 - 2 sum p y / (sum p + sum y).
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from measure.lesion_scores import EIGHT
 from scipy import ndimage
 from torch import Tensor
-
-EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
 
 
 def cell_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -41,13 +39,19 @@ def blob_loss(logits: Tensor, target: Tensor) -> Tensor:
     return torch.stack(found).mean() if found else logits.sum() * 0
 
 
+def nearest_lesion(mask: Tensor) -> tuple[Tensor, int]:
+    """The number of each pixel's nearest lesion, (H, W), counted from 0, and how many there are, one at least."""
+    labels, count = ndimage.label(mask.cpu().numpy(), EIGHT)
+    rows, columns = ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    return torch.from_numpy(labels[rows, columns] - 1), count
+
+
 def _loss_of_cells(logits: Tensor, target: Tensor) -> Tensor:
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    lesion, count = ndimage.label(target.cpu().numpy(), EIGHT)
-    if count == 0:
+    if not target.any():
         return bce.mean() + 1
-    rows, columns = ndimage.distance_transform_edt(lesion == 0, return_distances=False, return_indices=True)
-    cell = torch.from_numpy(lesion[rows, columns] - 1).to(logits.device)
+    nearest, count = nearest_lesion(target)
+    cell = nearest.to(logits.device)
     probability = logits.sigmoid()
     found, marked, true, entropy, pixels = (
         _sums(values, cell, count) for values in (probability * target, probability, target, bce, torch.ones_like(bce))

@@ -156,7 +156,7 @@ PULLED_ELSEWHERE = {
 # Other losses for small lesions or for overlap, with the published weight and a smaller one.
 OPPONENTS = {
     name: _but(BCE, supervised=name)
-    for name in ("dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")
+    for name in ("bce", "dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")
 } | {"dice + bce + edge, pull 2": PULLED_OTHERWISE["dice + bce + edge, pull 2"]}
 # Other embeddings for the edge term, beside its own.
 VARIED = {

@@ -1,17 +1,16 @@
 """Other embeddings for the edge term to contrast, which the study tries; none is in the package."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from contrastive_exudate_loss import PatchEdgeContrastLoss
 from contrastive_exudate_loss.contrast import contrast_loss
 from contrastive_exudate_loss.morphology import dilation, inner_contour, outer_contour
+from trials.instances import nearest_lesion
 
 VARIANTS = "lesions", "decoys"
-EIGHT = np.ones((3, 3), bool)  # neighbours that are connected
+SIDE, RADIUS = 16, 2  # of patches and bands, in pixels: PatchEdgeContrastLoss's own
 DECOYS = 64  # patches of a batch
 AWAY = 8  # pixels from any lesion, in rows or columns, that no pixel of a decoy has
 
@@ -40,9 +39,9 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, 0 where there is nothing to contrast; arguments as under Shape."""
         lesion = target[:, 0] == 1
-        inner = inner_contour(lesion, ~lesion, 2, self.footprint)
-        outer = outer_contour(lesion, ~lesion, 2, self.footprint)
-        places = _nearest(lesion) if self.variant == "lesions" else _patches(lesion, 16)
+        inner = inner_contour(lesion, ~lesion, RADIUS, self.footprint)
+        outer = outer_contour(lesion, ~lesion, RADIUS, self.footprint)
+        places = _nearest(lesion) if self.variant == "lesions" else _patches(lesion)
         sums, sizes = zip(*(_sums(features, band, places) for band in (inner, outer)), strict=True)
         vectors, labels = torch.cat(sums), torch.repeat_interleave(torch.tensor([True, False]), len(sums[0]))
         present = torch.cat(sizes) > 0
@@ -59,30 +58,29 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         """(decoys, C): mean features of the patches away from lesions with the highest mean logits."""
         if self.logits is None:
             raise ValueError("logits must be set before each call, got None")
-        near = F.max_pool2d(dilation(lesion, AWAY, "square")[:, None].float(), 16)
-        score = F.avg_pool2d(self.logits, 16).masked_fill(near > 0, -torch.inf).flatten()
+        near = F.max_pool2d(dilation(lesion, AWAY, "square")[:, None].float(), SIDE)
+        score = F.avg_pool2d(self.logits, SIDE).masked_fill(near > 0, -torch.inf).flatten()
         best = score.topk(min(DECOYS, int(score.isfinite().sum()))).indices
-        return F.avg_pool2d(features, 16).movedim(1, -1).flatten(0, 2)[best]
+        return F.avg_pool2d(features, SIDE).movedim(1, -1).flatten(0, 2)[best]
 
 
 def _nearest(lesion: Tensor) -> Tensor:
     """The number of each pixel's nearest lesion, (B, H, W), counted through the batch; 0 in images without lesions."""
-    found, before = np.zeros(lesion.shape, np.int64), 0
-    for n, mask in enumerate(lesion.numpy()):
-        labels, count = ndimage.label(mask, EIGHT)
-        if count:
-            rows, columns = ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
-            found[n] = labels[rows, columns] - 1 + before
+    found, before = torch.zeros(lesion.shape, dtype=torch.int64), 0
+    for n, mask in enumerate(lesion):
+        if mask.any():
+            nearest, count = nearest_lesion(mask)
+            found[n] = nearest + before
             before += count
-    return torch.from_numpy(found)
+    return found
 
 
-def _patches(lesion: Tensor, side: int) -> Tensor:
+def _patches(lesion: Tensor) -> Tensor:
     """The number of each pixel's patch, (B, H, W), counted through the batch."""
     batch, height, width = lesion.shape
-    rows, columns = height // side, width // side
+    rows, columns = height // SIDE, width // SIDE
     numbers = torch.arange(batch * rows * columns).view(batch, rows, columns)
-    return numbers.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return numbers.repeat_interleave(SIDE, 1).repeat_interleave(SIDE, 2)
 
 
 def _sums(features: Tensor, band: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

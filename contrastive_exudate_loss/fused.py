@@ -61,16 +61,17 @@ class Work(NamedTuple):
     edge: Edge | None
     ranks: tuple[tuple[int, int], ...] | None = None
 
-    def patches(self, target: Tensor) -> int:
-        """How many patches the images of a target (B, K, H, W) have."""
-        batch, _, height, width = target.shape
-        return batch * -(-height // self.sides[0]) * -(-width // self.sides[1])
-
     def lengths(self, target: Tensor) -> tuple[int, int]:
         """How many embeddings a class of the target can have for the density and for the edge term."""
-        patches = self.patches(target)
+        patches = patch_count(target, self.sides)
         of_edge = 0 if self.edge is None else 2 * (len(target) if self.edge.per_image else patches)
         return 0 if self.density is None else patches, of_edge
+
+
+def patch_count(target: Tensor, sides: tuple[int, int]) -> int:
+    """How many patches the images of a target (B, K, H, W) have."""
+    batch, _, height, width = target.shape
+    return batch * -(-height // sides[0]) * -(-width // sides[1])
 
 
 def switched_on(features: Tensor) -> bool:
@@ -85,9 +86,9 @@ def runs(features: Tensor) -> bool:
 
 def kernels(features: Tensor, target: Tensor, sides: tuple[int, int]) -> Any:
     """Their torch.autograd.Function (fused_triton.Fused) where Triton works and they can do these sizes; else None."""
-    batch, classes, height, width = target.shape
+    classes, height, width = target.shape[1:]
     channels, rows, columns = features.shape[1:]
-    sums = 3 * batch * classes * -(-height // sides[0]) * -(-width // sides[1]) * channels
+    sums = 3 * classes * patch_count(target, sides) * channels
     reach = sum((n - 1) * stride for n, stride in zip(features.shape[1:], features.stride()[1:], strict=True))
     largest = max(sums, reach, height * width, height * rows, width * columns)
     if channels > MOST_CHANNELS or largest >= OFFSETS or not has_triton(features.device):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive_exudate_loss.distributed import rank_and_count, rows_of_all_ranks, sum_of_ranks
-from contrastive_exudate_loss.fused import Density, Edge, Work
+from contrastive_exudate_loss.fused import Density, Edge, Work, patch_count
 from contrastive_exudate_loss.pairs_triton import add_up, compact, logsumexp, negatives, positives, take
 from contrastive_exudate_loss.pooling_triton import pool, spread
 from contrastive_exudate_loss.supervised_triton import spread_over_logits
@@ -43,7 +43,7 @@ class Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, classes, height, width = target.shape
         channels, rows, columns = features.shape[1:]
-        patches = work.patches(target)
+        patches = patch_count(target, work.sides)
         density = work.density or Density(1.0, 1.0)
         edge = work.edge or Edge((0, 0), (0, 0), False, False, 1.0, 1.0)
         # Rows of a class: those of the density term, then those of the edge term.

@@ -1,6 +1,7 @@
 """The Triton kernels of the terms give what the plain way gives; Triton's interpreter runs them on the CPU."""
 
 import contextlib
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -474,11 +475,11 @@ def test_kernels_run_where_triton_does(there, features_on_cuda, the_switch, monk
 def serves(monkeypatch):
     """Whether there are kernels for features of a shape, with the bytes of memory that a block of threads may share."""
 
-    def served(*shape, target=(1, 1, 8, 8), sides=(4, 4), shared=2**16, triton=True):
+    def served(*shape, target=(1, 1, 8, 8), sides=(4, 4), dtype=torch.float32, shared=2**16, triton=True):
         monkeypatch.setattr(fused, "has_triton", lambda _: triton)
         gpu = SimpleNamespace(shared_memory_per_block_optin=shared)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-        features, target = (torch.empty(size, device="meta") for size in (shape, target))
+        features, target = (torch.empty(size, device="meta", dtype=dtype) for size in (shape, target))
         return kernels_or_none(features, target, sides) is not None
 
     return served
@@ -497,6 +498,44 @@ def test_kernels_want_tiles_that_fit(serves):
 def test_kernels_want_1024_channels_at_most(serves):
     assert serves(1, 1024, 8, 8, shared=2**30)
     assert not serves(1, 1025, 8, 8, shared=2**30)
+
+
+# (features, target, sides, largest offset): of sums, features, pixels, rows and columns.
+OFFSETS = [
+    ((3, 4, 2, 2), (3, 2, 9, 8), (4, 3), 3 * 2 * (3 * 3 * 3) * 4),
+    ((1, 4, 32, 32), (1, 1, 8, 8), (8, 8), 4 * 32 * 32 - 1),
+    ((1, 2, 1, 1), (1, 1, 64, 63), (64, 63), 64 * 63),
+    ((1, 2, 50, 1), (1, 1, 64, 1), (64, 1), 64 * 50),
+    ((1, 2, 1, 50), (1, 1, 1, 64), (1, 64), 64 * 50),
+]
+
+
+@pytest.mark.parametrize(("shape", "target", "sides", "largest"), OFFSETS)
+def test_kernels_want_offsets_that_fit(shape, target, sides, largest, serves, monkeypatch):
+    monkeypatch.setattr(fused, "OFFSETS", largest + 1)
+    assert serves(*shape, target=target, sides=sides)
+    monkeypatch.setattr(fused, "OFFSETS", largest)
+    assert not serves(*shape, target=target, sides=sides)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fits"), [(torch.bfloat16, True), (torch.float32, True), (torch.float64, False)], ids=str
+)
+def test_kernels_compute_in_32_bits_at_least(dtype, fits, serves):
+    shared = importlib.import_module("contrastive_exudate_loss.fused_triton").shared_memory(400, 4)
+    assert serves(1, 400, 8, 8, dtype=dtype, shared=shared) == fits
+    assert not serves(1, 400, 8, 8, dtype=dtype, shared=shared - 1)
+
+
+@pytest.mark.parametrize(
+    ("density", "per_image", "wanted"),
+    [(True, False, (18, 36)), (False, True, (0, 4)), (True, None, (18, 0))],
+    ids=["both", "edge, of images", "density"],
+)
+def test_a_class_has_an_embedding_of_each_patch_or_image_and_two_of_its_bands(density, per_image, wanted):
+    edge = None if per_image is None else fused.Edge((1, 1), (1, 1), False, False, 1.0, 1.0, per_image=per_image)
+    work = fused.Work((4, 3), None, False, fused.Density(0.5, 1.0) if density else None, edge)
+    assert work.lengths(torch.empty(2, 5, 9, 8)) == wanted  # 3 x 3 patches in each of 2 images
 
 
 def test_kernels_want_offsets_of_32_bits(serves):

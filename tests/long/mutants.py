@@ -103,6 +103,9 @@ TESTS = {
             for what in ("compiled_code", "tensor_subclasses")
         ),
         *(f"test_fused.py::test_kernels_want_{what}" for what in ("triton", "tiles_that_fit", "offsets_of_32_bits")),
+        "test_fused.py::test_kernels_want_offsets_that_fit",
+        "test_fused.py::test_kernels_compute_in_32_bits_at_least",
+        "test_fused.py::test_a_class_has_an_embedding_of_each_patch_or_image_and_two_of_its_bands",
         "test_fused.py::test_kernels_want_1024_channels_at_most",
     ],
     "graph": ["test_graph.py", "test_features.py", "test_probe.py"],

@@ -538,6 +538,10 @@ def test_a_class_has_an_embedding_of_each_patch_or_image_and_two_of_its_bands(de
     assert work.lengths(torch.empty(2, 5, 9, 8)) == wanted  # 3 x 3 patches in each of 2 images
 
 
+def test_patches_that_fill_the_image_leave_no_rest():
+    assert fused.patch_count(torch.empty(2, 5, 8, 9), (4, 3)) == 2 * 2 * 3
+
+
 def test_kernels_want_offsets_of_32_bits(serves):
     assert serves(1, 4, 2**15, 2**14)
     assert not serves(1, 4, 2**15, 2**14 + 1)

@@ -104,6 +104,7 @@ TESTS = {
         ),
         *(f"test_fused.py::test_kernels_want_{what}" for what in ("triton", "tiles_that_fit", "offsets_of_32_bits")),
         "test_fused.py::test_kernels_want_offsets_that_fit",
+        "test_fused.py::test_patches_that_fill_the_image_leave_no_rest",
         "test_fused.py::test_kernels_compute_in_32_bits_at_least",
         "test_fused.py::test_a_class_has_an_embedding_of_each_patch_or_image_and_two_of_its_bands",
         "test_fused.py::test_kernels_want_1024_channels_at_most",

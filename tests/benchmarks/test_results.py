@@ -142,6 +142,8 @@ def of_the_page():
         [folds(letter, f"{loss} + edge, {pull}, short") for loss in losses] for letter, pull in PULLS
     )
     on_bce = folds("q", "bce + edge, pull 2, short")
+    assert (np.mean(default, 1) > by_hand).all()  # README says so
+    assert np.mean(on_bce) < on_fold("q", "edge, ramp, short")  # likewise
     assert np.min([*default, on_bce]) > 0
     assert (np.mean(default, 1) > np.array(by_hand) - 0.003).all()
     assert (np.mean(default, 1) > np.mean(first, 1)).all()

@@ -39,15 +39,15 @@ class MaskLoss(nn.Module):
     def _check_options(self) -> None:
         _checks.check_ignore_index(self.ignore_index)
 
-    def _check_values(self, target: Tensor, ignore_indices: list[int | None]) -> bool:
-        """Check the target's values against 0, 1 and each ignore_index: on each call on the CPU, else on the first.
+    def _reads(self, target: Tensor) -> bool:
+        """Whether the target's values are read: on each call on the CPU, else on the first."""
+        return _checks.may_read(target) and (target.is_cpu or not self._values_checked)
 
-        Returns whether they were read.
-        """
-        if not _checks.may_read(target) or (self._values_checked and not target.is_cpu):
-            return False
-        for ignore_index in dict.fromkeys(ignore_indices):
-            _checks.check_target_values(target, ignore_index)
-        if not self._values_checked:
+    def _check_values(self, target: Tensor, ignore_indices: list[int | None]) -> bool:
+        """Check the target's values against 0, 1 and each ignore_index; returns whether they were read."""
+        reads = self._reads(target)
+        if reads:
+            for ignore_index in dict.fromkeys(ignore_indices):
+                _checks.check_target_values(target, ignore_index)
             self._values_checked = True
-        return True
+        return reads

@@ -652,7 +652,7 @@ class CombinedExudateLoss(WeightedLoss):
             raise ValueError(
                 f"classes must be below the number of logits' channels, {logits.shape[1]}, got {self.classes}; {remedy}"
             )
-        if _checks.may_read(target) and (target.is_cpu or not self._values_checked):
+        if self._reads(target):
             _checks.check_index_values(index, logits.shape[1], self.ignore_index)
             self._values_checked = True
         with full_precision(target):

@@ -62,7 +62,7 @@ def edge_regions(
 
 def side_by_side(masks: Sequence[Tensor]) -> Tensor:
     """Masks (B, K, H, W) joined along K."""
-    joined: Tensor = masks[0] if len(masks) == 1 else _chosen(_joined, masks[0])(masks)
+    joined: Tensor = _chosen(_joined, masks[0])(masks)
     return joined
 
 

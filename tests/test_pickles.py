@@ -89,6 +89,13 @@ def test_pickles_of_earlier_versions_load_and_compute_the_same(version, name):
     assert torch.equal(output(got), output(wanted))
 
 
+def test_options_of_the_first_version_s_pickles_are_checked_at_the_first_call():
+    loss = saved_by("0.1.0")["density"]
+    loss.__dict__["threshold"] = 2  # which another program may have written
+    with pytest.raises(ValueError, match="threshold"):
+        output(loss)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_pickles_of_tapped_models_train_once_tapped_anew(version):
     saved = saved_by(version)

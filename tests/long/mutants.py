@@ -123,7 +123,7 @@ TESTS = {
     "masks": ["test_masks.py", "test_morphology.py", "test_losses.py", "test_degenerate.py"],
     "morphology": ["test_morphology.py"],
     "origin": ["test_probe.py", "test_features.py", "test_pull.py"],
-    "norms": ["test_pull.py"],
+    "norms": ["test_norms.py", "test_pull.py"],
     "patches": ["test_patches.py"],
     "pooling": ["test_pooling.py"],
     "pull": ["test_pull.py"],
@@ -249,6 +249,8 @@ def leave_out(database: WorkDB, path: Path) -> None:
 
         annotated = within(annotations)
         of_other_devices = any(words in lines[at[0] - 1] for words in OTHER_DEVICES)
+        # Tests of compiled code are too slow to be run for each mutant.
+        of_compiled_code = "torch.compiler.is_compiling()" in lines[at[0] - 1]
         # The star of a signature or a call, which cosmic-ray takes for a product.
         a_star = "ReplaceBinaryOperator" in name and not within(operators)
         # Of small integers, strings, dtypes and None, identity and equality are one in CPython.
@@ -261,7 +263,8 @@ def leave_out(database: WorkDB, path: Path) -> None:
         static = name.endswith("RemoveDecorator") and "@staticmethod" in lines[at[0] - 1]
         # The probe takes places modulo 1, by which cosmic-ray changes numbers.
         whole = lines[at[0] - 1].startswith(("_PLACES = ", "_FURTHER = ")) and name.endswith("NumberReplacer")
-        if annotated or of_other_devices or a_star or same or of_bools or lengths or static or whole:
+        other_code = annotated or of_other_devices or of_compiled_code
+        if other_code or a_star or same or of_bools or lengths or static or whole:
             database.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
 
 

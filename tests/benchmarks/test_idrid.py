@@ -215,7 +215,7 @@ def test_a_slice_of_it_reads_the_same_in_folders_of_another_data_set(tmp_path):
 
 @pytest.mark.skipif("IDRID" not in os.environ, reason="set IDRID to the folder of the data set")
 def test_the_page_counts_its_dense_patches_rightly():
-    page = (Path(__file__).parents[2] / "docs/setting.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/options.md").read_text()
     (code,) = re.findall(r"```python\n(import torch\n\n\ndef dense_patches.*?)\n\n\n", page, re.DOTALL)
     names = {}
     exec(code, names)

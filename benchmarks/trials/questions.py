@@ -165,6 +165,7 @@ VARIED = {
         ("dice + bce + edge, pull 2", {}),
         ("dice + bce + edge by lesions, pull 2", {"variant": "lesions"}),
         ("dice + bce + edge and decoys, pull 2", {"variant": "decoys"}),
+        ("dice + bce + edge of errors, pull 2", {"variant": "errors"}),
     )
 }
 TILES = {

@@ -9,7 +9,7 @@ from contrastive_exudate_loss.contrast import contrast_loss
 from contrastive_exudate_loss.morphology import dilation, inner_contour, outer_contour
 from trials.instances import nearest_lesion
 
-VARIANTS = "lesions", "decoys"
+VARIANTS = "lesions", "decoys", "errors"
 SIDE, RADIUS = 16, 2  # of patches and bands, in pixels: PatchEdgeContrastLoss's own
 DECOYS = 64  # patches of a batch
 AWAY = 8  # pixels from any lesion, in rows or columns, that no pixel of a decoy has
@@ -22,7 +22,8 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         variant: "lesions": one inner and one outer embedding for each lesion (8-connected) in place of each patch; a
             pixel of a band belongs to the nearest lesion. "decoys": the patches' embeddings, and beside the outer ones
             the means of whole patches that the network takes for lesion: of those away from lesions the 64 with the
-            highest mean logit.
+            highest mean logit. "errors": the patches' embeddings, to which a pixel counts as much as the network is
+            wrong there, |target - probability|.
 
     Shape:
         - features: (B, C, H, W), floating; 16 divides H and W, for decoys.
@@ -34,7 +35,7 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
         self.variant = variant
-        self.logits: Tensor | None = None  # (B, 1, H, W), which decoys are chosen by: set before each call
+        self.logits: Tensor | None = None  # (B, 1, H, W), for decoys and errors: set before each call
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss, 0 where there is nothing to contrast; arguments as under Shape."""
@@ -42,7 +43,10 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         inner = inner_contour(lesion, ~lesion, RADIUS, self.footprint)
         outer = outer_contour(lesion, ~lesion, RADIUS, self.footprint)
         places = _nearest(lesion) if self.variant == "lesions" else _patches(lesion)
-        sums, sizes = zip(*(_sums(features, band, places) for band in (inner, outer)), strict=True)
+        weighted = features
+        if self.variant == "errors":
+            weighted = features * (target - self._logits().sigmoid()).abs()
+        sums, sizes = zip(*(_sums(weighted, band, places) for band in (inner, outer)), strict=True)
         vectors, labels = torch.cat(sums), torch.repeat_interleave(torch.tensor([True, False]), len(sums[0]))
         present = torch.cat(sizes) > 0
         if self.variant == "decoys":
@@ -54,12 +58,15 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
             )
         return contrast_loss(vectors, labels, present, temperature=self.temperature)
 
-    def _decoys(self, features: Tensor, lesion: Tensor) -> Tensor:
-        """(decoys, C): mean features of the patches away from lesions with the highest mean logits."""
+    def _logits(self) -> Tensor:
         if self.logits is None:
             raise ValueError("logits must be set before each call, got None")
+        return self.logits
+
+    def _decoys(self, features: Tensor, lesion: Tensor) -> Tensor:
+        """(decoys, C): mean features of the patches away from lesions with the highest mean logits."""
         near = F.max_pool2d(dilation(lesion, AWAY, "square")[:, None].float(), SIDE)
-        score = F.avg_pool2d(self.logits, SIDE).masked_fill(near > 0, -torch.inf).flatten()
+        score = F.avg_pool2d(self._logits(), SIDE).masked_fill(near > 0, -torch.inf).flatten()
         best = score.topk(min(DECOYS, int(score.isfinite().sum()))).indices
         return F.avg_pool2d(features, SIDE).movedim(1, -1).flatten(0, 2)[best]
 

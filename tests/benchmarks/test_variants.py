@@ -87,6 +87,32 @@ def test_decoys_are_patches_away_from_lesions_that_look_most_like_them(monkeypat
     torch.testing.assert_close(loss(features, target), reference.contrast(vectors, labels))
 
 
+def test_where_the_network_is_equally_wrong_pixels_count_alike():
+    features, target = example(0)
+    loss = OtherEdgeLoss("errors")
+    loss.logits = torch.zeros_like(target)
+    torch.testing.assert_close(loss(features, target), PatchEdgeContrastLoss()(features, target))
+
+
+def test_the_pixels_of_a_band_count_as_much_as_the_network_is_wrong_there():
+    features, target = example(1)
+    probability = torch.rand(target.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = OtherEdgeLoss("errors")
+    loss.logits = probability.logit()
+    vectors, labels = [], []
+    for own, mask, chance in zip(features, target[:, 0], probability[:, 0], strict=True):
+        for pair in reference.bands(mask):
+            for pixels, is_inner in zip(pair, (True, False), strict=True):
+                wrong = [1 - chance[place] if is_inner else chance[place] for place in pixels]
+                if pixels:
+                    rows, columns = zip(*pixels, strict=True)
+                    vectors.append(own[:, rows, columns] @ torch.stack(wrong))
+                    labels.append(is_inner)
+    got, wanted = loss(features, target), reference.contrast(vectors, labels)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, features)[0] for value in (got, wanted)))
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_batch_without_contours_gives_nothing(variant, value):

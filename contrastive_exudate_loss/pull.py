@@ -66,6 +66,9 @@ class Pull:
         object.__setattr__(self, "warm_up", _checks.plain_option(self.warm_up))
 
 
+_NOTHING = Pull(0.0)
+
+
 def new_state() -> dict[str, Tensor]:
     """The state of a criterion that has measured nothing: means, and the norms of the last backward pass."""
     return {"means": torch.zeros(12), "terms": torch.zeros(4), "layer": torch.zeros(2), "hand": torch.zeros(2)}
@@ -96,8 +99,8 @@ def advanced_weights(
     Returns:
         (2,), float32.
     """
-    times = [0.0 if pull is None else pull.times for pull in pulls]
-    warm_up = [0 if pull is None else pull.warm_up for pull in pulls]
+    given = [_NOTHING if pull is None else pull for pull in pulls]
+    times, warm_up = [pull.times for pull in given], [pull.warm_up for pull in given]
     records = state["means"], state["terms"], state["layer"], state["hand"]
     if torch.compiler.is_compiling():
         advanced: Tensor = _advance(*records, times, warm_up)

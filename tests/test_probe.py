@@ -117,6 +117,7 @@ MOVED = {
         F.interpolate(m[:, :1].flip(-1), scale_factor=2) + torch.zeros(5, 1, 1)
     ),
     "cut and made small": lambda m: m[..., 1:] * 5e-6,
+    "one channel of one image flipped": lambda m: torch.stack([m[0], torch.stack([m[1, 0].flip(-1), m[1, 1]]), m[2]]),
 }
 
 
@@ -158,6 +159,11 @@ def test_resizing_passes(size, mode):
 def test_resizing_by_a_factor_passes(mode, scale):
     for size in (37, 100):
         assert kept(lambda m: F.interpolate(m, scale_factor=scale, mode=mode), (2, 1, size, size + 3))
+
+
+@pytest.mark.parametrize("images", [[0, 1], [0, 1, 2, 0]])
+def test_another_number_of_images_is_not_probed(images):
+    assert kept(lambda m: m[images])
 
 
 @given(permutation=st.integers(2, 9).flatmap(lambda count: st.permutations(range(count))), side=st.integers(8, 40))

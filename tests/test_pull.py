@@ -340,6 +340,43 @@ def test_norms_are_averaged_over_the_processes_that_have_them():
     torch.testing.assert_close(got, torch.tensor([mean / density, 0.5 * mean / ((edge + 6) / 2)]))
 
 
+def test_a_step_in_which_no_process_has_a_contrast_leaves_the_mean():
+    state, pulls = module.new_state(), (Pull(1.0), Pull(1.0))
+    state["terms"][:] = torch.tensor([1.0, 1.0, 3.0, 2.0])
+    state["hand"][:] = torch.tensor([1.0, 3.0])
+    first = module.advanced_weights(state, pulls, lambda own: own, by_kernel=False)
+    state["terms"][:] = torch.tensor([2.0, 1.0, 0.0, 2.0])
+    state["hand"][0] = 2
+    assert torch.equal(module.advanced_weights(state, pulls, lambda own: own, by_kernel=False), first)
+    assert first.all()
+
+
+def test_a_term_whose_norm_underflows_in_the_mean_weighs_nothing():
+    state = module.new_state()
+    state["terms"][:] = torch.tensor([1.0, 1.0, 1e-45, 2.0])
+    state["hand"][:] = torch.tensor([1.0, 3.0])
+    got = module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
+
+
+def test_in_place_of_a_number_the_weights_that_set_themselves_hold_0():
+    state = module.new_state()
+    state["terms"][:] = torch.tensor([1.0, 1.0, 3.0, 2.0])
+    state["hand"][:] = torch.tensor([1.0, 3.0])
+    got = module.advanced_weights(state, (None, Pull(1.0)), None, by_kernel=False)
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
+
+
+def test_the_means_are_known_once_there_is_one_of_the_supervised_loss_and_one_of_a_term():
+    state = module.new_state()
+    for norms in ([1.0, 1.0, 0.0, 0.0], [2.0, 1.0, 0.0, 2.0]):
+        assert not module.known(state)
+        state["terms"][:] = torch.tensor(norms)
+        state["hand"][:] = torch.tensor([norms[0], 3.0])
+        module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
+    assert module.known(state)
+
+
 def test_the_weight_falls_as_the_term_grows():
     class Twice(PatchEdgeContrastLoss):
         def forward(self, features, target):
@@ -427,21 +464,26 @@ def test_a_supervised_loss_that_begins_without_a_gradient_counts_later():
     assert weights[2, 1] > 0
 
 
+class Scaled(PatchEdgeContrastLoss):
+    """The edge term times a factor."""
+
+    factor = 1.0
+
+    def forward(self, features, target):
+        return self.factor * super().forward(features, target)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("factor", [5.0, 1e6])
-def test_a_norm_counts_as_ten_times_the_mean_at_most(factor):
-    class Scaled(PatchEdgeContrastLoss):
-        factor = 1.0
-
-        def forward(self, features, target):
-            return self.factor * super().forward(features, target)
-
+def test_a_norm_counts_as_ten_times_the_mean_at_most(factor, scale):
     net, edge = Net(), Scaled()
+    edge.factor = scale
     criterion = CombinedExudateLoss(edge=edge, features=FeatureTap(net, "head"))
     images, target = batch(0)
     for _ in range(20):
         terms = criterion.terms(net(images), target)
         terms.total.backward()
-    edge.factor = factor
+    edge.factor = scale * factor
     criterion(net(images), target).backward()
     got = criterion.terms(net(images), target).beta
     before = math.fsum(MEMORY**n for n in range(1, 21))  # of the twenty others in the mean, the last has weight 1
@@ -497,6 +539,32 @@ def test_in_float16_the_scaler_keeps_the_gradients_and_so_the_weight():
     torch.testing.assert_close(weight(2.0**16, True), wanted, rtol=0.02, atol=0)
     # Unscaled, part of the gradients of a mean over pixels vanishes: the supervised loss seems to pull less.
     assert weight(1.0, True) < 0.98 * wanted
+
+
+def test_in_float16_the_norm_of_a_strong_term_does_not_overflow_before_it_has_a_weight():
+    net, edge = Net(), Scaled()
+    criterion = CombinedExudateLoss(edge=edge)
+    images, target = batch(0)
+    features = net.body(images).detach().half().requires_grad_()
+    (gradient,) = torch.autograd.grad(edge(features.float(), target), features)
+    edge.factor = 4 / float(gradient.abs().max())
+    for _ in range(2):
+        terms = criterion.terms(net.head(features.float()), target, features)
+        (2.0**16 * terms.total).backward()
+    assert terms.beta > 0
+
+
+def test_in_float16_the_gradient_by_hand_does_not_vanish():
+    net = Net()
+    images, target = batch(0)
+    norms = []
+    for dtype in (torch.float32, torch.float16):
+        features = net.body(images.repeat(1, 1, 4, 4)).detach().to(dtype).requires_grad_()
+        logits = net.head(features.float())
+        supervised = 1e-3 * binary_cross_entropy_with_logits(logits, target.repeat(1, 1, 4, 4))
+        assert module.differentiated(supervised, features, state := module.new_state())
+        norms.append(state["hand"][1])
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])

@@ -562,7 +562,8 @@ def test_in_float16_the_gradient_by_hand_does_not_vanish():
         features = net.body(images.repeat(1, 1, 4, 4)).detach().to(dtype).requires_grad_()
         logits = net.head(features.float())
         supervised = 1e-3 * binary_cross_entropy_with_logits(logits, target.repeat(1, 1, 4, 4))
-        assert module.differentiated(supervised, features, state := module.new_state())
+        state = module.new_state()
+        assert module.differentiated(supervised, features, state)
         norms.append(state["hand"][1])
     torch.testing.assert_close(norms[1], norms[0], rtol=0.02, atol=0)
 

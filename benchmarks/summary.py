@@ -55,6 +55,10 @@ Run = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Run]]
 
 
+# Of lesions as such, which runs count from u on.
+LESIONS = tuple(f"{small}lesion_{metric}" for small in ("", "small_") for metric in ("recall", "precision", "f1"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write what the command line asks for."""
     options = _parsed(arguments)
@@ -166,7 +170,7 @@ def _tuned(run: dict[str, Any]) -> dict[str, Any]:
     if not run["tested"]:
         return run | {"curve": [*earlier, tuned(last)]}
     others = run["test"].get("tuned", {})
-    known = {f"{name}_tuned": others[name] for name in ("small_recall", "boundary_f1") if name in others}
+    known = {f"{name}_tuned": others[name] for name in ("small_recall", "boundary_f1", *LESIONS) if name in others}
     return run | {"curve": [*earlier, tuned(last)], "test": tuned(run["test"]) | known}
 
 

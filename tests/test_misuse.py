@@ -124,6 +124,16 @@ def test_a_value_of_an_index_mask_that_only_the_given_loss_ignores(value):
     assert not warned(criterion, (logits, index, features))
 
 
+def test_two_channels_are_of_two_classes():
+    logits, _, features = batch(classes=2)
+    index = torch.zeros(2, 16, 16, dtype=torch.int64)
+    index[:, 4:9, 4:9] = 1
+    index[:, :2] = 2
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=nn.CrossEntropyLoss(ignore_index=2), classes=[1])
+    (text,) = warned(criterion, (logits, index, features))
+    assert text.startswith("target holds 2,")
+
+
 def test_a_class_beyond_the_channels_of_a_given_loss_is_no_stray_value():
     logits, _, features = batch(classes=4)
     index = torch.zeros(2, 1, 16, 16, dtype=torch.int64)

@@ -703,6 +703,22 @@ def test_features_sliced_out_of_the_tap_are_measured_by_it():
     torch.testing.assert_close(terms.beta, wanted.beta, rtol=0.3, atol=0)
 
 
+def test_features_from_before_the_tapped_layer_are_measured_by_differentiating():
+    weights = []
+    for tapped in (True, False):
+        net = Net()
+        criterion = CombinedExudateLoss(features=net if tapped else None)
+        earlier = []
+        net.body[0].register_forward_hook(lambda *of_hook, kept=earlier: kept.append(of_hook[2]))
+
+        def call(images, target, net=net, criterion=criterion, kept=earlier):
+            return criterion.terms(net(images), target, kept.pop())
+
+        weights.append(trained_weights(criterion, net, 4, call))
+    assert torch.equal(*weights)
+    assert weights[0][1:, 1].all()
+
+
 def test_a_linear_head_is_measured_too():
     class Head(nn.Module):
         def __init__(self):
@@ -741,6 +757,9 @@ def test_features_behind_which_no_logits_lie_are_refused_at_the_first_training_c
     text = "a Pull must be measured .* at the features that the logits are made from.*a number such as beta=0.02"
     with pytest.raises(ValueError, match=text):
         CombinedExudateLoss()(logits, target, features)
+    net = Net()
+    with pytest.raises(ValueError, match=text):
+        CombinedExudateLoss(features=net)(net(batch(0)[0]), target, features)
     with torch.no_grad():
         assert CombinedExudateLoss()(logits, target, features) == binary_cross_entropy_with_logits(logits, target)
     assert CombinedExudateLoss(beta=0.02)(logits, target, features).isfinite()

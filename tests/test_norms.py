@@ -23,7 +23,7 @@ def test_each_backward_pass_writes_its_norm_and_is_counted():
     for n, gradient in enumerate((torch.tensor([3.0, 4.0]), torch.tensor([5.0, 12.0])), 1):
         assert torch.equal(passed_back(record, gradient), gradient)
         assert record.tolist() == [n, float(gradient.norm()), 0]
-    assert COUNT == 0
+        assert record[COUNT] == n
 
 
 def test_one_that_does_not_count_leaves_the_count():

@@ -359,7 +359,7 @@ def test_a_term_whose_norm_underflows_in_the_mean_weighs_nothing():
     torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
 
 
-def test_in_place_of_a_number_the_weights_that_set_themselves_hold_0():
+def test_a_fixed_weight_is_0_among_those_that_set_themselves():
     state = module.new_state()
     state["terms"][:] = torch.tensor([1.0, 1.0, 3.0, 2.0])
     state["hand"][:] = torch.tensor([1.0, 3.0])

@@ -22,8 +22,8 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         variant: "lesions": one inner and one outer embedding for each lesion (8-connected) in place of each patch; a
             pixel of a band belongs to the nearest lesion. "decoys": the patches' embeddings, and beside the outer ones
             the means of whole patches that the network takes for lesion: of those away from lesions the 64 with the
-            highest mean logit. "errors": the patches' embeddings, to which a pixel counts as much as the network is
-            wrong there, |target - probability|.
+            highest mean logit. "errors": the patches' embeddings, in which each pixel is weighted by the network's
+            error there, |target - probability|.
 
     Shape:
         - features: (B, C, H, W), floating; 16 divides H and W, for decoys.
@@ -45,7 +45,9 @@ class OtherEdgeLoss(PatchEdgeContrastLoss):
         places = _nearest(lesion) if self.variant == "lesions" else _patches(lesion)
         weighted = features
         if self.variant == "errors":
-            weighted = features * (target - self._logits().sigmoid()).abs()
+            error = (target - self._logits().sigmoid()).abs()
+            weighted, wrong = features * error, error[:, 0] > 0
+            inner, outer = inner & wrong, outer & wrong
         sums, sizes = zip(*(_sums(weighted, band, places) for band in (inner, outer)), strict=True)
         vectors, labels = torch.cat(sums), torch.repeat_interleave(torch.tensor([True, False]), len(sums[0]))
         present = torch.cat(sizes) > 0

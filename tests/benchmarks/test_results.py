@@ -69,7 +69,7 @@ def precision_of(letter, arm):
     return f"{100 * (total(ours, 'fp') / total(theirs, 'fp') - 1):+.0f} %", f"{recall(ours) - recall(theirs):+.3f}"
 
 
-def area(letter, arm):
+def average_precision(letter, arm):
     """Average precision on the test photographs, the mean over seeds."""
     return np.mean([run["test"]["average_precision"] for run in ARMS[letter][arm]])
 
@@ -292,10 +292,10 @@ def of_the_page():
         + "{:+.3f} and {:+.3f} instead of {:+.3f} and {:+.3f}".format(*np.mean(areas[2], 1), *np.mean(areas[0], 1)),
         CHALLENGE,
         "and have {:.3f} (BCE), {:.3f} (Dice + BCE) and {:.3f} (Tversky), which the edge term at beta ".format(
-            *(area("k", loss) for loss in ("bce", *HARDER))
+            *(average_precision("k", loss) for loss in ("bce", *HARDER))
         )
         + f"0.002 changes by at most {max(abs(mean('k', arm, 'average_precision')) for arm in RAMPS.values()):.3f} (k)",
-        f"at the native size BCE had {area('n', 'bce, 2848'):.3f}",
+        f"at the native size BCE had {average_precision('n', 'bce, 2848'):.3f}",
         f"FPN {mean('f', 'edge, ramp, fpn', 'f1_tuned'):+.3f}, "
         f"DeepLabV3+ {mean('f', 'edge, ramp, deeplabv3plus', 'f1_tuned'):+.3f}",
     ]

@@ -113,6 +113,18 @@ def test_the_pixels_of_a_band_count_as_much_as_the_network_is_wrong_there():
     torch.testing.assert_close(*(torch.autograd.grad(value, features)[0] for value in (got, wanted)))
 
 
+def test_where_the_network_makes_no_error_there_is_nothing_to_contrast():
+    features, target = example(0)
+    loss = OtherEdgeLoss("errors")
+    loss.logits = 80 * target - 40
+    loss.logits[1] *= 20  # a probability of 0 or 1
+    alone = OtherEdgeLoss("errors")
+    alone.logits = loss.logits[:1]
+    torch.testing.assert_close(loss(features, target), alone(features[:1], target[:1]))
+    loss.logits = 800 * target - 400
+    assert loss(features, target) == 0
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_batch_without_contours_gives_nothing(variant, value):

@@ -183,6 +183,8 @@ def of_the_page():
         [folds(letter, f"{loss} + edge, {pull}, short") for loss in losses] for letter, pull in PULLS
     )
     on_bce = folds("q", "bce + edge, pull 2, short")
+    rising_on_bce = [folds("q", f"bce + edge, {pull}, ramp, short") for pull in ("pull 2", "pull 1")]
+    assert np.greater(rising_on_bce, 0).all()
     halved = [folds("q", f"{loss} + edge, pull 0.5, ramp, short") for loss in (*losses, "bce")]
     assert [len(own) for own in halved] == [3, 3, 3]
     assert (np.mean(halved[:2], 1) < np.mean(first_rising, 1)).all()
@@ -280,6 +282,9 @@ def of_the_page():
             on_fold("q", "bce + edge, pull 2, short", "average_precision"),
             on_fold("q", "edge, ramp, short"),
             on_fold("q", "edge, ramp, short", "average_precision"),
+        ),
+        "With a warm-up the default gains {:+.3f} and `Pull(1.0)` {:+.3f}, each in all three".format(
+            *np.mean(rising_on_bce, 1)
         ),
         "`Pull(1.0)`, the first candidate, gains {:+.3f} and {:+.3f}".format(*np.mean(first, 1)),
         "helps `Pull(1.0)` ({:+.3f} and {:+.3f}, average precision higher in all six pairs)".format(

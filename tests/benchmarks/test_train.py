@@ -246,7 +246,7 @@ def test_two_processes_give_the_curve_and_the_terms_of_one(tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     ):
         paths = ["--output", tmp_path / "p.png", "--json", tmp_path / "f.json"]
-        done = subprocess.run([*launcher, *program, *paths], capture_output=True, text=True, timeout=200, check=True)
+        done = subprocess.run([*launcher, *program, *paths], capture_output=True, text=True, timeout=600, check=True)
         assert done.stdout.count("average precision  ") == 1
         figures = json.loads((tmp_path / "f.json").read_text())
         assert figures["environment"]["processes"] == len(curves) + 1

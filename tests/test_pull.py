@@ -329,11 +329,16 @@ def test_detached_features_get_the_weight_that_the_tap_has_measured(term):
     assert alone[4 + term] > 0.5 * before > 0
 
 
+def record(state, step, density, edge, supervised=3.0, scale=1.0):
+    """Write the norms of a step's backward pass, through a total that was scaled, as the criterion does."""
+    state["terms"][:] = torch.tensor([step, scale, scale * density, scale * edge])
+    state["hand"][:] = torch.tensor([step, supervised])
+
+
 def test_norms_are_averaged_over_the_processes_that_have_them():
     state = module.new_state()
-    scale, density, edge, supervised = 2.0, 3.0, 2.0, 3.0
-    state["terms"][:] = torch.tensor([1, scale, scale * density, scale * edge])
-    state["hand"][:] = torch.tensor([1, supervised])
+    density, edge, supervised = 3.0, 2.0, 3.0
+    record(state, 1, density, edge, supervised, scale=2.0)
     other = torch.tensor([[5.0, 0.0, 6.0], [1.0, 0.0, 1.0]])  # norms of a process whose density has no contrast
     got = module.advanced_weights(state, (Pull(1.0), Pull(0.5)), lambda own: own + other, by_kernel=False)
     mean = (supervised + 5) / 2
@@ -342,37 +347,32 @@ def test_norms_are_averaged_over_the_processes_that_have_them():
 
 def test_a_step_in_which_no_process_has_a_contrast_leaves_the_mean():
     state, pulls = module.new_state(), (Pull(1.0), Pull(1.0))
-    state["terms"][:] = torch.tensor([1.0, 1.0, 3.0, 2.0])
-    state["hand"][:] = torch.tensor([1.0, 3.0])
+    record(state, 1, 3.0, 2.0)
     first = module.advanced_weights(state, pulls, lambda own: own, by_kernel=False)
-    state["terms"][:] = torch.tensor([2.0, 1.0, 0.0, 2.0])
-    state["hand"][0] = 2
+    record(state, 2, 0.0, 2.0)
     assert torch.equal(module.advanced_weights(state, pulls, lambda own: own, by_kernel=False), first)
     assert first.all()
 
 
 def test_a_term_whose_norm_underflows_in_the_mean_weighs_nothing():
     state = module.new_state()
-    state["terms"][:] = torch.tensor([1.0, 1.0, 1e-45, 2.0])
-    state["hand"][:] = torch.tensor([1.0, 3.0])
+    record(state, 1, 1e-45, 2.0)
     got = module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
     torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
 
 
 def test_a_fixed_weight_is_0_among_those_that_set_themselves():
     state = module.new_state()
-    state["terms"][:] = torch.tensor([1.0, 1.0, 3.0, 2.0])
-    state["hand"][:] = torch.tensor([1.0, 3.0])
+    record(state, 1, 3.0, 2.0)
     got = module.advanced_weights(state, (None, Pull(1.0)), None, by_kernel=False)
     torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
 
 
 def test_the_means_are_known_once_there_is_one_of_the_supervised_loss_and_one_of_a_term():
     state = module.new_state()
-    for norms in ([1.0, 1.0, 0.0, 0.0], [2.0, 1.0, 0.0, 2.0]):
+    for step, edge in ((1, 0.0), (2, 2.0)):
         assert not module.known(state)
-        state["terms"][:] = torch.tensor(norms)
-        state["hand"][:] = torch.tensor([norms[0], 3.0])
+        record(state, step, 0.0, edge)
         module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
     assert module.known(state)
 

@@ -51,12 +51,10 @@ COMPARED = (
     "disc_fp",
 )
 PARTS = {"density": "alpha", "edge": "beta"}
-Run = Mapping[str, Any]
-Arms = Mapping[str, Sequence[Run]]
-
-
 # Of lesions as such, which runs count from u on.
 LESIONS = tuple(f"{small}lesion_{metric}" for small in ("", "small_") for metric in ("recall", "precision", "f1"))
+Run = Mapping[str, Any]
+Arms = Mapping[str, Sequence[Run]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """What work costs: its seconds, alone and beside other work, the loss's share of a training step, and memory."""
 
 import functools
+import gc
 import itertools
 import statistics
 import sys
@@ -105,9 +106,11 @@ def ratio(seconds: Sequence[float], others: Sequence[float]) -> Quartiles:
 def extra_memory(device: torch.device, work: Callable[[], object]) -> tuple[int, int]:
     """Bytes that PyTorch allocated during the work beyond what was there before: the peak, and what its result keeps.
 
-    The work is done once before, since a first time allocates what stays.
+    The work is done once before, since a first time allocates what stays; then tensors that earlier code left in
+    reference cycles are freed, which Python might otherwise do during the work.
     """
     work()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,5 +1,6 @@
 """What training costs is measured rightly: times, the loss's share, memory."""
 
+import gc
 import sys
 import time
 
@@ -66,6 +67,23 @@ def test_peak_memory_sees_what_was_freed_and_forgets_what_came_before():
     assert peak - before > 200e6
     if memory.meaning == "resident, whole process":
         assert cost.PeakMemory(CPU).read() < peak - 100e6
+
+
+def test_extra_memory_leaves_out_what_earlier_code_left_in_cycles():
+    def leave_one():
+        cycle = [torch.ones(2**16)]
+        cycle.append(cycle)
+
+    cost.extra_memory(CPU, leave_one)  # so that the profiler counts when this memory is freed
+    calls = []
+
+    def work():
+        if calls:
+            gc.collect()  # as Python may do at any time
+        calls.append(0)
+        return torch.ones(16)
+
+    assert cost.extra_memory(CPU, work) == (64, 64)
 
 
 def test_peak_memory_that_cannot_be_reset_says_so(monkeypatch):

@@ -249,8 +249,6 @@ def leave_out(database: WorkDB, path: Path) -> None:
 
         annotated = within(annotations)
         of_other_devices = any(words in lines[at[0] - 1] for words in OTHER_DEVICES)
-        # Tests of compiled code are too slow to be run for each mutant.
-        of_compiled_code = "torch.compiler.is_compiling()" in lines[at[0] - 1]
         # The star of a signature or a call, which cosmic-ray takes for a product.
         a_star = "ReplaceBinaryOperator" in name and not within(operators)
         # Of small integers, strings, dtypes and None, identity and equality are one in CPython.
@@ -263,8 +261,7 @@ def leave_out(database: WorkDB, path: Path) -> None:
         static = name.endswith("RemoveDecorator") and "@staticmethod" in lines[at[0] - 1]
         # The probe takes places modulo 1, by which cosmic-ray changes numbers.
         whole = lines[at[0] - 1].startswith(("_PLACES = ", "_FURTHER = ")) and name.endswith("NumberReplacer")
-        other_code = annotated or of_other_devices or of_compiled_code
-        if other_code or a_star or same or of_bools or lengths or static or whole:
+        if annotated or of_other_devices or a_star or same or of_bools or lengths or static or whole:
             database.set_result(item.job_id, WorkResult(WorkerOutcome.SKIPPED))
 
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from measure.lesion_scores import FIRST_THRESHOLDS, THRESHOLDS
 from measure.markdown import aligned
 from trials.differences import Difference, holm, measured, of_each_seed, over_both, over_photographs, over_seeds, paired
-from trials.objective import rise
-from trials.plots import write_curves, write_differences
+from trials.objective import Settings, rise
+from trials.plots import write_curves, write_differences, write_doses
 from trials.questions import QUESTIONS, Question
 from trials.record import RESULTS, read_lines, runs_of
 
@@ -51,6 +51,8 @@ COMPARED = (
     "disc_fp",
 )
 PARTS = {"density": "alpha", "edge": "beta"}
+DOSES = "d", "p", "q"  # questions whose short runs show how much the weight of the edge term matters
+COURSES = "t", "u"  # questions that show how its effect changes during training
 # Of lesions as such, which runs count from u on.
 LESIONS = tuple(f"{small}lesion_{metric}" for small in ("", "small_") for metric in ("recall", "precision", "f1"))
 Run = Mapping[str, Any]
@@ -83,7 +85,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             label += ",\nminus BCE, or what the row names, of the same seed"
             write_differences(options.plots / name, rows, label)
+        write_doses(options.plots / "study-doses.png", _doses(found), _courses(found))
     return 0
+
+
+def _doses(found: Mapping[str, Arms]) -> dict[str, dict[str, tuple[float, list[float]]]]:
+    """For each supervised loss and arm how hard the edge term alone pulls in short runs, and its differences in F1.
+
+    The pull is a Pull's times or, of a weight set by hand, what was measured: the ratio of mean gradient norms at the
+    features. F1 is that of the validation folds at the best threshold.
+    """
+    doses: dict[str, dict[str, tuple[float, list[float]]]] = {}
+    for letter in DOSES:
+        for arm, pairs in _pairs(QUESTIONS[letter], found[letter]).items():
+            settings = QUESTIONS[letter].arms[arm]
+            supervised, beta, weights = settings.supervised, settings.beta, settings.weights
+            edge_alone = Settings(steps=450, supervised=supervised, beta=beta, weights=weights)
+            if settings == edge_alone and beta and weights != "share":
+                measured_pull = _pull(found[letter][arm], "features", "edge").split("; ")[-1]
+                pull = beta if "pull" in weights else float(measured_pull)
+                differences = of_each_seed(pairs, "f1_tuned", tested=False)
+                doses.setdefault(supervised, {})[arm] = pull, differences
+    return doses
+
+
+def _courses(found: Mapping[str, Arms]) -> dict[str, dict[int, list[float]]]:
+    """For each supervised loss, after how many steps, differences in F1 on the folds, of beta 0.02 that rises (t, u).
+
+    Each is of the best among the first thresholds in both runs at that step.
+    """
+    courses: dict[str, dict[int, list[float]]] = {}
+    for letter in COURSES:
+        for arm, pairs in _pairs(QUESTIONS[letter], found[letter]).items():
+            steps = courses.setdefault(QUESTIONS[letter].arms[arm].supervised, {})
+            for own, other in pairs:
+                for point, of_other in zip(own["curve"], other["curve"], strict=True):
+                    f1, f1_of_other = (_f1_table(one, "f1_by_first_threshold").max() for one in (point, of_other))
+                    steps.setdefault(point["step"], []).append(float(f1 - f1_of_other))
+    return courses
 
 
 def summary(found: Mapping[str, Arms]) -> str:

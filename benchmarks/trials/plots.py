@@ -53,6 +53,41 @@ def write_differences(path: Path, rows: Mapping[str, Sequence[float]], label: st
     figure.savefig(path, dpi=100)
 
 
+def write_doses(
+    path: Path,
+    doses: Mapping[str, Mapping[str, tuple[float, Sequence[float]]]],
+    courses: Mapping[str, Mapping[int, Sequence[float]]],
+) -> None:
+    """Write one PNG: F1's differences against the pull of the edge term, and against the steps trained, for each loss.
+
+    Each seed is faint, the mean is not; means below the panels stand at their lower edge as a number.
+
+    doses: by loss and arm, the pull and the differences, one a seed. courses: by loss and step, the differences.
+    """
+    lowest, highest = -0.03, 0.06
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for loss, colour in zip(dict.fromkeys([*doses, *courses]), itertools.cycle(COLOURS), strict=False):
+        by_step = list(courses.get(loss, {}).items())
+        for panel, points, line in ((left, sorted(doses.get(loss, {}).values()), "D"), (right, by_step, "D-")):
+            for x, differences in points:
+                panel.plot([x] * len(differences), differences, "o", color=colour, alpha=0.3)
+                if np.mean(differences) < lowest:
+                    where = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+                    panel.annotate(f"{np.mean(differences):+.2f}", (x, lowest), color=colour, **where)
+            panel.plot([x for x, _ in points], [np.mean(one) for _, one in points], line, color=colour, label=loss)
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="pull of the edge term beside the supervised loss", ylabel="F1 with it minus F1 without it")
+    right.set(xlabel="steps trained", ylim=(lowest, highest))
+    for panel in (left, right):
+        panel.axhline(0, color=COLOURS[0], linewidth=0.8)
+        panel.grid(alpha=0.3)
+    left.legend(*left.get_legend_handles_labels(), fontsize="small", loc="lower left")  # which may be empty
+    figure.savefig(path, dpi=100)
+
+
 def write_errors(path: Path, arms: Mapping[str, Mapping[str, float]]) -> None:
     """Write one PNG: a bar for each arm, its parts the errors of each kind per 100 pixels of lesion."""
     figure = Figure(figsize=(8, 2 + 0.5 * len(arms)), layout="constrained")

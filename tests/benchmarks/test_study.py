@@ -611,7 +611,7 @@ def test_the_summary_prints_or_writes_and_leaves_the_rest_of_the_document(folder
     document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     assert summary.main([*arguments, "--document", str(document), "--plots", str(folder)]) == 0
     assert document.read_text() == f"before\n{summary.BEGIN}\n\n{printed}\n{summary.END}\nafter\n"
-    for name in ("curves", "differences", "tuned", "settings"):
+    for name in ("curves", "differences", "tuned", "settings", "doses"):
         with Image.open(folder / f"study-{name}.png") as picture:
             assert min(picture.size) > 150
 

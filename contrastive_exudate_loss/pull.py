@@ -71,7 +71,12 @@ _NOTHING = Pull(0.0)
 
 def new_state() -> dict[str, Tensor]:
     """The state of a criterion that has measured nothing: means, and the norms of the last backward pass."""
-    return {"means": torch.zeros(12), "terms": torch.zeros(4), "layer": torch.zeros(2), "hand": torch.zeros(2)}
+    return {
+        "means": torch.zeros(USED.stop),
+        "terms": torch.zeros(TERMS.stop),
+        "layer": torch.zeros(2),
+        "hand": torch.zeros(2),
+    }
 
 
 def known(state: dict[str, Tensor]) -> bool:
@@ -222,7 +227,7 @@ def _advanced(
         means[STEP].add_(1)
         # NaN where a mean is missing, infinite where the term's is 0: both give the weight 0.
         mean, used = sums / shares, means[USED]
-        used.copy_((mean[0] / mean[1:]).nan_to_num(0, 0, 0))
+        used.copy_((mean[0] / mean[1:]).nan_to_num(0, 0))
         for n in (0, 1):
             used[n].mul_(times[n])
             if warm_up[n]:

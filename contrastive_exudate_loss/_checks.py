@@ -102,7 +102,7 @@ def check_classes(value: object, ignore_index: int | None) -> None:
 
 
 def check_part(name: str, part: object, kind: type[nn.Module], ignore_index: int | None, *, always: bool) -> None:
-    """Raise unless part is a kind whose ignore_index agrees with this one; None agrees with any unless always."""
+    """Raise unless part is a `kind` with the criterion's ignore_index; None accepts any, unless always."""
     if not isinstance(part, kind):
         raise TypeError(f"{name} must be None or a {kind.__name__}, got {type(part).__name__}")
     if (always or ignore_index is not None) and part.ignore_index != ignore_index:
@@ -174,7 +174,7 @@ def check_index_values(index: Tensor, classes: int, ignore_index: int | None) ->
                 "out, since it would ignore every lesion marked so"
             )
         elif int(wrong[-1]) >= GREY:
-            remedy = "turn a grey mask, as JPEG files and resizing give, into (target > 127).long()"
+            remedy = "turn a grey mask, as JPEG compression and resizing produce, into (target > 127).long()"
         raise ValueError(
             f"target must hold classes from 0 to {classes - 1}, one for each channel of logits{ignored}, got "
             f"{', '.join(map(str, wrong[:5].tolist()))}; {remedy}"
@@ -227,8 +227,9 @@ def check_target_values(target: Tensor, ignore_index: int | None) -> None:
     if target.dtype == torch.bool:
         return
     allowed = (target == 0) | (target == 1)
-    if ignore_index is not None and holds(target.dtype, ignore_index):
-        allowed |= target == ignore_index
+    ignored_value = held(target, ignore_index)
+    if ignored_value is not None:
+        allowed |= target == ignored_value
     if bool(allowed.all()):
         return
     wrong = target.double()[~allowed].unique()
@@ -243,6 +244,11 @@ def may_read(target: Tensor) -> bool:
     if torch.compiler.is_compiling() or target.is_meta:
         return False
     return not (target.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def held(target: Tensor, ignore_index: int | None) -> int | None:
+    """The value to ignore; None also where the target cannot hold it."""
+    return ignore_index if ignore_index is not None and holds(target.dtype, ignore_index) else None
 
 
 def holds(dtype: torch.dtype, value: int) -> bool:
@@ -316,7 +322,7 @@ def _value_remedy(wrong: Tensor, ignore_index: int | None) -> str:
             "index mask as (B, H, W)"
         )
     if float(wrong[0]) >= 0 and float(wrong[-1]) >= GREY:
-        return "if it is a grey mask, as JPEG files and resizing give, make it hard by target > 127"
+        return "if it is a grey mask, as JPEG compression and resizing produce, binarize it with target > 127"
     if whole and float(wrong[0]) >= 2 and len(wrong) > 1:
         return (
             f"if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, {int(wrong[-1]) + 1}) and "

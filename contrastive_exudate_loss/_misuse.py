@@ -47,9 +47,10 @@ def suspicions(
             f"target holds {stray}, which the terms take for background; if supervised ignores such pixels, give the "
             f"criterion ignore_index={stray} too",
         )
-    if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
+    ignored = _checks.held(target, ignore_index)
+    if ignored is None:
         return
-    if bool(target.eq(ignore_index).any() & target.ne(1).all()):
+    if bool(target.eq(ignored).any() & target.ne(1).all()):
         yield (
             "ignored",
             f"target held 0 and {ignore_index} in all batches so far, but no 1, and {ignore_index} is ignored; if it "

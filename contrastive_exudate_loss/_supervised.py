@@ -24,7 +24,7 @@ def binary_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int | Non
         (), float32 or float64.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not _ignores(target, ignore_index):
+    if _checks.held(target, ignore_index) is None:
         lesion = target.to(logits.dtype)
         # Made without a bool, which compiled code on the CPU would keep for the backward pass, slowly.
         return F.binary_cross_entropy_with_logits(logits, lesion if known else lesion.sign().abs())
@@ -121,7 +121,7 @@ def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Ca
         report: called with the answer, and whether there is a gradient anywhere or no lesion to learn; on the CPU only
             where there are ignored pixels.
     """
-    if not (torch.is_grad_enabled() and logits.requires_grad and _ignores(target, ignore_index)):
+    if not (torch.is_grad_enabled() and logits.requires_grad and _checks.held(target, ignore_index) is not None):
         return logits
     view = logits.view_as(logits)
 
@@ -133,7 +133,3 @@ def watched(logits: Tensor, target: Tensor, ignore_index: int | None, report: Ca
 
     view.register_hook(look)
     return view
-
-
-def _ignores(target: Tensor, ignore_index: int | None) -> bool:
-    return ignore_index is not None and _checks.holds(target.dtype, ignore_index)

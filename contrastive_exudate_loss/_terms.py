@@ -162,7 +162,7 @@ def losses_with_cross_entropy(
         weights: of density and edge.
     """
     calls = _calls(terms, [features] * len(terms), target, _sides(terms, target))
-    if calls is None or len(calls) > 1 or calls[0].work.ignore_index != _held(ignore_index, target):
+    if calls is None or len(calls) > 1 or calls[0].work.ignore_index != _checks.held(target, ignore_index):
         return None
     dtypes = {torch.promote_types(tensor.dtype, torch.float32) for tensor in (logits, features)}
     if len(dtypes) > 1:
@@ -220,7 +220,7 @@ def _calls(
         options = [terms[n]._for_kernels() for n in members]
         density = next((option for option in options if isinstance(option, fused.Density)), None)
         edge = next((option for option in options if isinstance(option, fused.Edge)), None)
-        work = fused.Work(sides[leader], _held(ignore_index, target), contrast == "sup_con", density, edge)
+        work = fused.Work(sides[leader], _checks.held(target, ignore_index), contrast == "sup_con", density, edge)
         function = None if None in options else fused.kernels(features[leader], target, sides[leader])
         calls.append(_Call(function, work, members, gathers))
     if any(call.gathers for call in calls):
@@ -246,11 +246,6 @@ def _joint(calls: Sequence[_Call], features: Tensor, target: Tensor) -> list[_Ca
 def _gathers(term: PatchContrastLoss) -> bool:
     """Whether this call contrasts the embeddings of all processes."""
     return term.gather_distributed and torch.is_grad_enabled() and rank_and_count()[1] > 1
-
-
-def _held(ignore_index: int | None, target: Tensor) -> int | None:
-    """The value to ignore, None where the target cannot hold it."""
-    return ignore_index if ignore_index is not None and _checks.holds(target.dtype, ignore_index) else None
 
 
 def _class_mean(term: PatchContrastLoss, classes: Sequence[Candidates]) -> Tensor:

@@ -1,5 +1,6 @@
 """The base of CombinedExudateLoss: the weights of its two terms, numbers or Pulls, and what is saved of them."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -35,14 +36,17 @@ class WeightedLoss(MaskLoss):
 
     def __init__(self, alpha: float | Pull, beta: float | Pull, ignore_index: int | None) -> None:
         super().__init__(ignore_index)
-        for name, weight in (("alpha", alpha), ("beta", beta)):
-            self._weight(name, weight)  # or nn.Module would register a module given by mistake as a part
         self.alpha = alpha
         self.beta = beta
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "features":  # the constructor's name for the tap
             raise AttributeError("features cannot be set; set criterion.tap = model")
+        if name in ("alpha", "beta") and isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
+                "loss as supervised="
+            )
         # nn.Module would register a model as a part of the criterion.
         super().__setattr__(name, FeatureTap(value) if name == "tap" and isinstance(value, nn.Module) else value)
         if name == "tap" and isinstance(self.tap, FeatureTap):
@@ -87,6 +91,12 @@ class WeightedLoss(MaskLoss):
         numbers = own.pop(f"{prefix}pull", None)
         if numbers is not None and self._pull_state is not None:
             sizes = [len(tensor) for tensor in self._pull_state.values()]
+            if len(numbers) != sum(sizes):
+                errors: list[str] = arguments[-1]
+                errors.append(
+                    f"{prefix}pull must have {sum(sizes)} numbers, got {len(numbers)}; leave it out to measure anew"
+                )
+                numbers = torch.cat(list(self._pull_state.values()))
             for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
                 tensor.copy_(loaded)
             self._pull_known = pull.known(self._pull_state)
@@ -114,11 +124,6 @@ class WeightedLoss(MaskLoss):
                 self._pull_state = pull.new_state()
                 self._measure_at_the_tap(anew=True)
             return value, True
-        if isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name} must be a number or a Pull, got a {type(value).__name__}; give a model as features= and a "
-                "loss as supervised="
-            )
         try:
             _checks.check_number(name, value, 0)
         except TypeError as error:
@@ -132,13 +137,20 @@ class WeightedLoss(MaskLoss):
         return isinstance(self._alpha, Pull) or isinstance(self._beta, Pull)
 
     def _pulled(
-        self, supervised: Tensor, features: Tensor, *, is_tapped: bool, over_ranks: bool
+        self,
+        supervised: Tensor,
+        features: Tensor,
+        temperatures: Sequence[float],
+        *,
+        is_tapped: bool,
+        over_ranks: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """The weights of density and edge, and for each term in use the features whose gradient is measured.
 
         Args:
             supervised: the supervised loss.
             features: for the terms.
+            temperatures: of density and edge.
             is_tapped: whether they come from the tap unchanged.
             over_ranks: whether all processes of torch.distributed are to use the same weights.
 
@@ -153,13 +165,16 @@ class WeightedLoss(MaskLoss):
         if not (torch.is_grad_enabled() and features.requires_grad):
             return self._with_numbers(pull.last_weights(state, pulls)), [features] * len(used)
         # The state holds the last backward pass; measuring by hand below already overwrites it.
-        averaged = sum_of_ranks if over_ranks else None
-        weights = self._with_numbers(pull.advanced_weights(state, pulls, averaged, fused.runs(features)))
-        if not self._measured(supervised, features, is_tapped=is_tapped):
+        summed = sum_of_ranks if over_ranks else None
+        weights = self._with_numbers(
+            pull.advanced_weights(state, pulls, features, temperatures, summed, fused.runs(features))
+        )
+        if not self._measure(supervised, features, is_tapped=is_tapped):
+            which = "beta" if pulls[1] is not None else "alpha"
             raise ValueError(
-                "a Pull must be measured first, in eager training steps and at the features that the logits are made "
-                "from, got no measurement; run some steps before you compile or capture, give the features behind the "
-                "logits, (B, C, h, w), or give a number such as beta=0.02"
+                f"{which} sets itself from gradient norms at the features (it is a Pull), but none could be measured; "
+                "run some eager training steps before you compile or capture; give the features that the logits are "
+                "made from, (B, C, h, w); or give a number, such as beta=0.02"
             )
         self._look_at_records(features)
         return weights, [
@@ -185,7 +200,7 @@ class WeightedLoss(MaskLoss):
                 weights[n].add_(weight)  # a copy from the CPU would make CUDA wait
         return weights
 
-    def _measured(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
+    def _measure(self, supervised: Tensor, features: Tensor, *, is_tapped: bool) -> bool:
         """Measure the supervised loss by differentiating if the tap does not.
 
         Returns whether there is a mean of it or will be one.

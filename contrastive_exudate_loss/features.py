@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from contrastive_exudate_loss import graph
-from contrastive_exudate_loss.norms import Recorded, write_norm
+from contrastive_exudate_loss.norms import NORM, Recorded, write_norm
 
 _TAPPABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _DATA_PARALLEL = (
@@ -124,11 +124,16 @@ class FeatureTap:
                 "name another with FeatureTap(model, layer=NAME)"
             )
         if features is None:
+            remedy = ""
+            if self._layer_name is None:
+                remedy = (
+                    "run one eager forward pass with gradients first, which a model that is frozen altogether does not "
+                    "have, or give FeatureTap(model, layer=NAME); "
+                )
             raise RuntimeError(
                 "the tap has no features: its model has not run as model(images) since it was tapped, or only without "
-                "gradients, compiled, or in a reentrant checkpoint; run one eager forward pass with gradients first, "
-                "or give FeatureTap(model, layer=...); if the model was compiled before it was tapped, call "
-                "torch.compiler.reset(); give a checkpoint use_reentrant=False"
+                f"gradients, compiled, or in a reentrant checkpoint; {remedy}if the model was compiled before it was "
+                "tapped, call torch.compiler.reset(); give a checkpoint use_reentrant=False"
             )
         if self.last.runs > 1:
             raise RuntimeError(
@@ -232,6 +237,7 @@ class FeatureTap:
                 f"{which} the logits; give FeatureTap(model, layer=NAME), with the layer whose input is the features, "
                 f"or give the features to the criterion yourself"
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
+                + ("; tap a model before torch.compile" if hasattr(model, "_orig_mod") else "")
             )
         name, module, made, given, features = found[0]
         _remove(self._watchers)
@@ -263,7 +269,7 @@ class FeatureTap:
         if not (self.measures and torch.is_grad_enabled() and given.requires_grad and self._can_record(given)):
             return None
         # The layer gets a copy, whose gradient comes from the logits alone; the terms get the input itself.
-        recorded = Recorded.apply(given, self.norm, 1, True, None, None)
+        recorded = Recorded.apply(given, self.norm, NORM, True, None, None)
         last.records = True
         swapped = {id(given): recorded}
         return (
@@ -280,7 +286,7 @@ class FeatureTap:
         def write(gradients: tuple[Tensor | None, ...], _: Any) -> None:
             gradient = gradients[place]
             if gradient is not None:
-                write_norm(record, gradient, None, 1, True)
+                write_norm(record, gradient, None, NORM, True)
 
         node.register_hook(write)
         self.last.records = True

@@ -63,7 +63,7 @@ class PatchDensityContrastLoss(PatchContrastLoss):
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
-            values are checked on every call on the CPU, on the first call on CUDA, and never in compiled code.
+            values are checked on every call on the CPU, elsewhere on the first call, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 64, 64, requires_grad=True)
@@ -167,7 +167,7 @@ class PatchEdgeContrastLoss(PatchContrastLoss):
 
     Raises:
         TypeError, ValueError: an option or a tensor is not as above, or processes that gather disagree. The target's
-            values are checked on every call on the CPU, on the first call on CUDA, and never in compiled code.
+            values are checked on every call on the CPU, elsewhere on the first call, and never in compiled code.
 
     Example:
         >>> features = torch.rand(2, 8, 16, 16, requires_grad=True)
@@ -301,8 +301,8 @@ class CombinedExudateLoss(WeightedLoss):
         TypeError, ValueError: an option or a tensor is not as above, no features are given, the autograd graph shows
             that the logits do not belong to the tap's features, a Pull has nothing to measure, or a part's
             ignore_index contradicts the criterion's.
-            The target's values are checked on every call on the CPU, on the first call on CUDA, and never in compiled
-            code.
+            The target's values are checked on every call on the CPU, elsewhere on the first call, and never in
+            compiled code; not at all where supervised is given and no term is used.
         RuntimeError: the tap has no features.
 
     Example:
@@ -319,7 +319,7 @@ class CombinedExudateLoss(WeightedLoss):
     """
 
     # Class attributes, which pickles of earlier versions lack.
-    _learning_seen = _told_to_wait = False
+    _learning_seen = False
     _looks = LOOKS
     _doubts: tuple[str, ...] = CONFIRMED
     _warned: tuple[str, ...] = ()
@@ -355,7 +355,12 @@ class CombinedExudateLoss(WeightedLoss):
         supervised, tap = self.supervised, self.tap
         if self.classes is not None:
             _checks.check_classes(self.classes, self.ignore_index)
-        if supervised is not None and (isinstance(supervised, type) or not callable(supervised)):
+        if isinstance(supervised, type):
+            name = supervised.__name__
+            raise TypeError(
+                f"supervised must be None or callable as (logits, target), got the class {name}; give {name}()"
+            )
+        if supervised is not None and not callable(supervised):
             raise TypeError(f"supervised must be None or callable as (logits, target), got {supervised!r}")
         if tap is not None and not isinstance(tap, FeatureTap):
             raise TypeError(
@@ -485,8 +490,8 @@ class CombinedExudateLoss(WeightedLoss):
             0.002
         """
         warnings.warn(
-            "CombinedExudateLoss.weak_edge() will go in the next version; use CombinedExudateLoss(...), which sets the "
-            "edge term's weight itself, or CombinedExudateLoss(beta=0.002, ...), which is the same as this",
+            "CombinedExudateLoss.weak_edge() will be removed in the next version; use CombinedExudateLoss(...), which "
+            "sets the edge term's weight itself, or CombinedExudateLoss(beta=0.002, ...), which is the same as this",
             FutureWarning,
             stacklevel=2,
         )
@@ -538,7 +543,10 @@ class CombinedExudateLoss(WeightedLoss):
         weights = None
         if features is not None and self._has_pull():
             over_ranks = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
-            weights, each = self._pulled(supervised, plain(features), is_tapped=is_tapped, over_ranks=over_ranks)
+            temperatures = self.density.temperature, self.edge.temperature
+            weights, each = self._pulled(
+                supervised, plain(features), temperatures, is_tapped=is_tapped, over_ranks=over_ranks
+            )
         if ours:
             losses = term_losses(terms, each, mask)
         else:
@@ -627,7 +635,7 @@ class CombinedExudateLoss(WeightedLoss):
                 target = target[0]
         elif isinstance(target, (list, tuple)) and target and all(isinstance(mask, Tensor) for mask in target):
             raise TypeError(
-                "target may be a list only where logits are one, for deep supervision, got a list of "
+                "target may be a list only if logits are a list too (deep supervision), got a list of "
                 f"{len(target)} tensors; if they are the masks of the images, give torch.stack(target)"
             )
         if self.classes is None:
@@ -663,13 +671,11 @@ class CombinedExudateLoss(WeightedLoss):
         if features is None and self.tap is not None:
             if needed and not (torch.is_grad_enabled() or self.tap.knows_its_layer):
                 # Validation before the first training step, such as Lightning's sanity check.
-                if not self._told_to_wait:
-                    self._told_to_wait = True
-                    _checks.warn(
-                        "the tap finds its layer in the first forward pass with gradients; until then the criterion "
-                        "gives the supervised loss alone; to avoid this, name the layer with "
-                        "FeatureTap(model, layer=NAME)",
-                    )
+                self._warn(
+                    "waits",
+                    "the tap finds its layer in the first forward pass with gradients; until then the criterion gives "
+                    "the supervised loss alone; to avoid this, name the layer with FeatureTap(model, layer=NAME)",
+                )
                 return None
             if needed:
                 return taken_features(self.tap, logits)
@@ -734,7 +740,7 @@ class CombinedExudateLoss(WeightedLoss):
         elif not pulls and not self._learning_seen:
             _checks.warn(
                 "supervised has no gradient at any pixel of a batch with lesions and ignored pixels (target == "
-                f"{self.ignore_index}), so it trains nothing there; tell it the value, often by ignore_index=, or give "
-                "ignored pixels another, such as 255",
+                f"{self.ignore_index}), so it trains nothing there; tell it the value, often by ignore_index=, or mark "
+                "ignored pixels with a value that it knows, such as 255",
             )
         self._learning_seen = True

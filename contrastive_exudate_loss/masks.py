@@ -72,9 +72,10 @@ def lesion_and_valid(target: Tensor, ignore_index: int | None) -> tuple[Tensor, 
     In an unchecked target, any value but 0 and ignore_index is lesion.
     """
     lesion = target.bool()
-    if ignore_index is None or not _checks.holds(target.dtype, ignore_index):
+    ignored = _checks.held(target, ignore_index)
+    if ignored is None:
         return lesion, torch.ones_like(lesion)
-    valid = target != ignore_index
+    valid = target != ignored
     return lesion & valid, valid
 
 

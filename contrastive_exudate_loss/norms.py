@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 COUNT = 0  # where every record has the number of backward passes
+NORM = 1  # where a record of one norm, (2,), has it
 
 
 class Recorded(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Patches of the target: their sides, lesion fractions and dense / sparse labels, and cutting them out."""
+"""Patches of the target: their sides, pixel counts and lesion fractions, and how to cut them out."""
 
 import torch
 import torch.nn.functional as F

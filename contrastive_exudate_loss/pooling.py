@@ -1,4 +1,4 @@
-"""Masked average pooling: the mean feature vector of many masks in every patch, in one operation."""
+"""Sums of the feature vectors under many masks, in every patch and in one operation, and the pixels summed."""
 
 import functools
 import itertools

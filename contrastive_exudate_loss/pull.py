@@ -1,9 +1,10 @@
-"""Weights that a criterion sets itself, from how hard a term pulls at the features beside the supervised loss.
+"""Weights that a criterion sets itself, from how hard a term pulls at the features compared with the supervised loss.
 
     weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
 
 The backward pass records the norms, and the next training call takes them into the means. So a weight depends only on
-earlier steps, and nothing is differentiated twice.
+earlier steps. With a tap nothing is differentiated twice; for features given to the call, the supervised loss is
+differentiated by itself now and then.
 """
 
 import dataclasses
@@ -15,12 +16,17 @@ import torch
 from torch import Tensor
 
 from contrastive_exudate_loss import _checks, graph
-from contrastive_exudate_loss.norms import COUNT, Recorded, write_norm
+from contrastive_exudate_loss.norms import COUNT, NORM, Recorded, write_norm
 
 MEMORY = 0.99  # of the means, for a measurement
 OUTLIER = 10.0  # times the mean: what a larger norm counts as, or one step could switch a term off for hundreds
 PROBE = 2.0**-10  # what a term's gradient is carried with while its weight is 0: measured, but not passed on
 HALF_SCALE = 2.0**13  # of gradients in float16
+# If all embeddings are the same vector, for instance because one cell of the features holds a whole lesion, the exact
+# gradient of a cosine is 0 and what is measured is rounding error. The norm of the gradient times that of the features
+# times the temperature is then about 1e-6; before training it is about 0.03.
+NOISE = 5e-5
+SAMPLED = 8  # every eighth row is enough to estimate the norm of the features
 
 # Places in the means, (12,): training calls; backward passes seen of the terms, of the layer and by hand; for the
 # supervised loss, density and edge, the sums of discounted norms and of the discounts; the weights of density and edge
@@ -28,9 +34,7 @@ HALF_SCALE = 2.0**13  # of gradients in float16
 STEP, SEEN, SUMS, SHARES, USED = 0, slice(1, 4), slice(4, 7), slice(7, 10), slice(10, 12)
 # In the norms of the terms, (4,): COUNT, the gradient of the total, the norms of density and edge.
 SCALE, TERMS = 1, slice(2, 4)
-# In the norms of the supervised loss, (2,) each: COUNT and the norm. The norm at the layer is scaled like the total's
-# gradient, the norm by hand is not.
-NORM = 1
+# Of the norms of the supervised loss, (2,) each, the one at the layer is scaled like the total's gradient.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Pull:
 
         weight = times min(1, step / warm_up) mean ||d supervised / d features|| / mean ||d term / d features||
 
-    The means are exponential over the training steps before, with memory 0.99, and bias-corrected; those without a
-    contrast leave the term's mean as it is, and a norm above ten times its mean counts as ten times the mean. In the
-    first step the weight is 0. Other losses on the same logits count as supervised.
+    The means are exponential over the training steps before, with memory 0.99, and bias-corrected; a step
+    without a contrast leaves the term's mean as it is, and a norm above ten times its mean counts as ten times the
+    mean. In the first step the weight is 0. With a tap other losses on the same logits count as supervised.
 
     Args:
         times: how hard the term pulls, in multiples of the supervised loss's gradient norm at the features; finite,
@@ -88,7 +92,9 @@ def known(state: dict[str, Tensor]) -> bool:
 def advanced_weights(
     state: dict[str, Tensor],
     pulls: Sequence[Pull | None],
-    averaged: Callable[[Tensor], Tensor] | None,
+    features: Tensor,
+    temperatures: Sequence[float],
+    summed: Callable[[Tensor], Tensor] | None,
     by_kernel: bool,
 ) -> Tensor:
     """The weights of density and edge in this training call, after taking the last backward pass into the means.
@@ -98,7 +104,9 @@ def advanced_weights(
     Args:
         state: is changed in place.
         pulls: of density and edge; None for a number.
-        averaged: gives the sum over all processes of a tensor; None for one process.
+        features: of this call; the norm of the last call's is taken to be theirs.
+        temperatures: of density and edge.
+        summed: gives the sum over all processes of a tensor; None for one process.
         by_kernel: whether a Triton kernel may do it.
 
     Returns:
@@ -106,15 +114,18 @@ def advanced_weights(
     """
     given = [_NOTHING if pull is None else pull for pull in pulls]
     times, warm_up = [pull.times for pull in given], [pull.warm_up for pull in given]
-    records = state["means"], state["terms"], state["layer"], state["hand"]
+    rows = features.detach()[:, :, ::SAMPLED]
+    features_norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+    least = [NOISE / temperature * (rows.shape[2] / features.shape[2]) ** 0.5 for temperature in temperatures]
+    records = state["means"], state["terms"], state["layer"], state["hand"], features_norm
     if torch.compiler.is_compiling():
-        advanced: Tensor = _advance(*records, times, warm_up)
+        advanced: Tensor = _advance(*records, least, times, warm_up)
         return advanced
-    if by_kernel and averaged is None:
+    if by_kernel and summed is None:
         from contrastive_exudate_loss.pull_triton import advanced_by_triton
 
-        return advanced_by_triton(*records, times, warm_up, MEMORY, OUTLIER)
-    return _advanced(*records, times, warm_up, averaged)
+        return advanced_by_triton(*records, least, times, warm_up, MEMORY, OUTLIER)
+    return _advanced(*records, least, times, warm_up, summed)
 
 
 def differentiated(supervised: Tensor, features: Tensor, state: dict[str, Tensor]) -> bool:
@@ -200,6 +211,8 @@ def _advanced(
     terms: Tensor,
     layer: Tensor,
     hand: Tensor,
+    features_norm: Tensor,
+    least: Sequence[float],
     times: Sequence[float],
     warm_up: Sequence[int],
     summed: Callable[[Tensor], Tensor] | None = None,
@@ -211,7 +224,8 @@ def _advanced(
         is_new, at_layer, by_hand = (seen != means[SEEN]).unbind()
         supervised = torch.where(by_hand, hand[NORM], torch.where(at_layer, layer[NORM] / terms[SCALE], zero))
         norms = torch.stack([supervised, *(terms[TERMS] / terms[SCALE])]).abs()
-        counted = torch.stack([at_layer | by_hand, *(norms[1:] > 0)])
+        told = [norm > noise for norm, noise in zip((norms[1:] * features_norm).unbind(), least, strict=True)]
+        counted = torch.stack([at_layer | by_hand, *told])
         counted &= is_new & (norms.sum() < math.inf)
         norms = norms.where(counted, zero)
         if summed is not None:
@@ -238,7 +252,8 @@ def _advanced(
 _advance = torch.library.custom_op(
     "contrastive_exudate_loss::advance",
     mutates_args=("means",),
-    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor hand, float[] times, int[] warm_up) -> Tensor",
+    schema="(Tensor(a!) means, Tensor terms, Tensor layer, Tensor hand, Tensor features_norm, "
+    "float[] least, float[] times, int[] warm_up) -> Tensor",
 )(_advanced)
 
 

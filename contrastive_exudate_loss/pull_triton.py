@@ -9,20 +9,21 @@ from torch import Tensor
 
 
 def advanced_by_triton(
-    means: Tensor, terms: Tensor, layer: Tensor, hand: Tensor, times: Sequence[float], warm_up: Sequence[int],
-    memory: float, outlier: float,
+    means: Tensor, terms: Tensor, layer: Tensor, hand: Tensor, features_norm: Tensor, least: Sequence[float],
+    times: Sequence[float], warm_up: Sequence[int], memory: float, outlier: float,
 ) -> Tensor:  # fmt: skip
     """What pull._advanced does in one process; the arguments are the same."""
     weights = means.new_empty(2)
     with torch.cuda.device_of(means):  # Triton launches on the current device
-        _advance[1,](means, terms, layer, hand, weights, *map(float, times), *warm_up, memory, outlier)
+        floats = (float(number) for number in (*least, *times))
+        _advance[1,](means, terms, layer, hand, features_norm, weights, *floats, *warm_up, memory, outlier)
     return weights
 
 
 @triton.jit(do_not_specialize=["warm_up_0", "warm_up_1"])
 def _advance(
-    means, terms, layer, hand, weights, times_0: tl.float64, times_1: tl.float64, warm_up_0, warm_up_1,
-    memory: tl.float64, outlier: tl.float64,
+    means, terms, layer, hand, features_norm, weights, least_0: tl.float64, least_1: tl.float64,
+    times_0: tl.float64, times_1: tl.float64, warm_up_0, warm_up_1, memory: tl.float64, outlier: tl.float64,
 ):  # fmt: skip
     """The places in the records are those of pull.py.
 
@@ -31,6 +32,7 @@ def _advance(
         terms: (4,), float32.
         layer: (2,), float32.
         hand: (2,), float32.
+        features_norm: (), floating.
         weights: (2,), float32, to be written: of density and edge.
     """
     step = tl.load(means) + 1
@@ -43,8 +45,10 @@ def _advance(
     density, edge = tl.abs(tl.load(terms + 2) / scale), tl.abs(tl.load(terms + 3) / scale)
     is_new &= _is_finite(supervised) & _is_finite(density) & _is_finite(edge)
     mean = _mean(means, 0, supervised, is_new & (at_layer | by_hand), memory, outlier)
-    mean_density = _mean(means, 1, density, is_new & (density > 0), memory, outlier)
-    mean_edge = _mean(means, 2, edge, is_new & (edge > 0), memory, outlier)
+    tells_density = density * tl.load(features_norm) > tl.full([], least_0, tl.float32)
+    tells_edge = edge * tl.load(features_norm) > tl.full([], least_1, tl.float32)
+    mean_density = _mean(means, 1, density, is_new & tells_density, memory, outlier)
+    mean_edge = _mean(means, 2, edge, is_new & tells_edge, memory, outlier)
     tl.store(means, step)
     tl.store(means + 1, seen_terms)
     tl.store(means + 2, seen_layer)

@@ -64,7 +64,7 @@ OPTIONS = [
     ((Combined,), {"beta": math.inf}, ValueError, "beta must be a number >= 0 and finite in float32, got inf"),
     ((Combined,), {"beta": "0.1"}, TypeError, "beta must be a number >= 0 and finite in float32, got '0.1' of type str; for a weight that sets itself give Pull(2.0)"),
     ((Combined,), {"supervised": "bce"}, TypeError, "supervised must be None or callable as (logits, target), got 'bce'"),
-    ((Combined,), {"supervised": torch.nn.BCELoss}, TypeError, "supervised must be None or callable as (logits, target)"),
+    ((Combined,), {"supervised": torch.nn.BCELoss}, TypeError, "got the class BCELoss; give BCELoss()"),
     ((Combined,), {"alpha": torch.nn.BCEWithLogitsLoss()}, TypeError, "alpha must be a number or a Pull, got a BCEWithLogitsLoss; give a model as features= and a loss as supervised="),
     ((Combined,), {"density": Edge()}, TypeError, "density must be None or a PatchDensityContrastLoss, got PatchEdge"),
     ((Combined,), {"edge": 0.1}, TypeError, "edge must be None or a PatchEdgeContrastLoss, got float"),
@@ -122,7 +122,7 @@ TENSORS = [
     ("target", spoiled(1.5), ValueError, "got 1.5 (dtype torch.float32); say which values are lesion, as in target == value"),
     ("target", spoiled(-0.5), ValueError, "got -0.5 (dtype torch.float32); say which values are lesion, as in target == value"),
     ("target", spoiled(2), ValueError, "if 2 marks lesions, give target == 2; if it marks pixels to leave out, ignore_index=2"),
-    ("target", torch.linspace(0, 240, 16).round().expand(2, 1, 16, 16), ValueError, "a grey mask, as JPEG files and resizing give, make it hard by target > 127"),
+    ("target", torch.linspace(0, 240, 16).round().expand(2, 1, 16, 16), ValueError, "a grey mask, as JPEG compression and resizing produce, binarize it with target > 127"),
     ("target", torch.zeros(16), ValueError, "got (16,); give a batch of 2-D images"),
     ("target", spoiled(2.7), ValueError, "got 2.7 (dtype torch.float32); say which values are lesion"),
     ("target", 4 + spoiled(1), ValueError, "got 4, 5 (dtype torch.float32); if it holds the class of each pixel, give CombinedExudateLoss classes=range(1, 6)"),
@@ -276,6 +276,14 @@ def test_options_that_are_set_are_checked_by_each_call_until_they_make_sense(par
         with pytest.raises((TypeError, ValueError), match=re.escape(text)):
             criterion(LOGITS, MASK, FEATURES)
     setattr(owner, name, before)
+    assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined.paper()(LOGITS, MASK, FEATURES))
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_module_in_place_of_a_weight_is_refused_and_changes_nothing(name):
+    criterion = Combined.paper()
+    with pytest.raises(TypeError, match=f"{name} must be a number or a Pull, got a BCELoss; give a model as features="):
+        setattr(criterion, name, torch.nn.BCELoss())
     assert torch.equal(criterion(LOGITS, MASK, FEATURES), Combined.paper()(LOGITS, MASK, FEATURES))
 
 

@@ -335,12 +335,17 @@ def record(state, step, density, edge, supervised=3.0, scale=1.0):
     state["hand"][:] = torch.tensor([step, supervised])
 
 
+def advanced(state, pulls, averaged=None, features=1.0):
+    """The next weights, before features of one value."""
+    return module.advanced_weights(state, pulls, torch.full((1, 2, 1, 1), features), (0.05, 0.05), averaged, False)
+
+
 def test_norms_are_averaged_over_the_processes_that_have_them():
     state = module.new_state()
     density, edge, supervised = 3.0, 2.0, 3.0
     record(state, 1, density, edge, supervised, scale=2.0)
     other = torch.tensor([[5.0, 0.0, 6.0], [1.0, 0.0, 1.0]])  # norms of a process whose density has no contrast
-    got = module.advanced_weights(state, (Pull(1.0), Pull(0.5)), lambda own: own + other, by_kernel=False)
+    got = advanced(state, (Pull(1.0), Pull(0.5)), lambda own: own + other)
     mean = (supervised + 5) / 2
     torch.testing.assert_close(got, torch.tensor([mean / density, 0.5 * mean / ((edge + 6) / 2)]))
 
@@ -348,23 +353,23 @@ def test_norms_are_averaged_over_the_processes_that_have_them():
 def test_a_step_in_which_no_process_has_a_contrast_leaves_the_mean():
     state, pulls = module.new_state(), (Pull(1.0), Pull(1.0))
     record(state, 1, 3.0, 2.0)
-    first = module.advanced_weights(state, pulls, lambda own: own, by_kernel=False)
+    first = advanced(state, pulls, lambda own: own)
     record(state, 2, 0.0, 2.0)
-    assert torch.equal(module.advanced_weights(state, pulls, lambda own: own, by_kernel=False), first)
+    assert torch.equal(advanced(state, pulls, lambda own: own), first)
     assert first.all()
 
 
 def test_a_term_whose_norm_underflows_in_the_mean_weighs_nothing():
     state = module.new_state()
-    record(state, 1, 1e-45, 2.0)
-    got = module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
+    record(state, 1, 1e-40, 2.0)
+    got = advanced(state, (Pull(1.0), Pull(1.0)), features=1e38)
     torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
 
 
 def test_a_fixed_weight_is_0_among_those_that_set_themselves():
     state = module.new_state()
     record(state, 1, 3.0, 2.0)
-    got = module.advanced_weights(state, (None, Pull(1.0)), None, by_kernel=False)
+    got = advanced(state, (None, Pull(1.0)))
     torch.testing.assert_close(got, torch.tensor([0.0, 1.5]))
 
 
@@ -373,7 +378,7 @@ def test_the_means_are_known_once_there_is_one_of_the_supervised_loss_and_one_of
     for step, edge in ((1, 0.0), (2, 2.0)):
         assert not module.known(state)
         record(state, step, 0.0, edge)
-        module.advanced_weights(state, (Pull(1.0), Pull(1.0)), None, by_kernel=False)
+        advanced(state, (Pull(1.0), Pull(1.0)))
     assert module.known(state)
 
 
@@ -442,6 +447,33 @@ def test_steps_without_a_contrast_leave_the_mean_of_the_term():
     assert means[module.SHARES][2] == pytest.approx(1 - MEMORY)
     assert means[module.SHARES][0] == pytest.approx(1 - MEMORY**3)
     assert weights[0] > 0
+
+
+@pytest.mark.parametrize("temperature", [0.05, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_leaves_of_a_gradient_is_not_measured(temperature, dtype):
+    alone = torch.zeros(2, 1, 48, 48)
+    alone[0, :, 21:26, 19:24] = 1  # both bands lie in one cell of the features, so all embeddings are one vector
+
+    def betas(*first):
+        net = Net()
+        net.body = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.ReLU())
+        edge = PatchEdgeContrastLoss(patch_size=8, temperature=temperature)
+        criterion = CombinedExudateLoss(edge=edge, features=net)
+        targets = (*first, *(batch(step)[1] for step in (0, 1)))
+        found = []
+        for step, target in enumerate(targets):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = net(batch(step)[0])
+            terms = criterion.terms(nn.functional.interpolate(logits, size=(48, 48)), target)
+            assert terms.edge > 0
+            terms.total.backward()
+            found.append(terms.beta.item())
+        return found
+
+    wanted, got = betas(), betas(alone)
+    assert got[:2] == [0, 0]
+    assert 0.3 * wanted[1] < got[2] < 3 * wanted[1]
 
 
 def test_nothing_is_differentiated_where_the_tap_records_even_in_its_first_pass(monkeypatch):
@@ -602,6 +634,13 @@ def test_a_state_is_optional_and_fits_any_weights():
     nn.ModuleDict({"loss": CombinedExudateLoss()}).load_state_dict({})
 
 
+def test_a_state_of_another_size_is_refused_by_name():
+    criterion = CombinedExudateLoss()
+    with pytest.raises(RuntimeError, match="pull must have 20 numbers, got 5"):
+        criterion.load_state_dict({"pull": torch.zeros(5)})
+    assert not criterion.state_dict()["pull"].any()
+
+
 def test_the_means_are_float32_whatever_the_module_is_cast_to():
     criterion = CombinedExudateLoss().half()
     assert criterion.state_dict()["pull"].dtype == torch.float32
@@ -754,9 +793,11 @@ def test_features_behind_which_no_logits_lie_are_refused_at_the_first_training_c
     logits = torch.randn(2, 1, 48, 48, requires_grad=True)
     features = torch.randn(2, 8, 48, 48, requires_grad=True)
     target = batch(0)[1]
-    text = "a Pull must be measured .* at the features that the logits are made from.*a number such as beta=0.02"
+    text = "beta sets itself .* none could be measured.* the features that the logits are made from.*a number, such as"
     with pytest.raises(ValueError, match=text):
         CombinedExudateLoss()(logits, target, features)
+    with pytest.raises(ValueError, match="alpha sets itself"):
+        CombinedExudateLoss(Pull(), 0.02)(logits, target, features)
     net = Net()
     with pytest.raises(ValueError, match=text):
         CombinedExudateLoss(features=net)(net(batch(0)[0]), target, features)

@@ -813,7 +813,7 @@ def test_compiled_from_the_first_step_with_features_by_hand_it_is_refused():
     torch.compiler.reset()
     compiled = torch.compile(criterion, backend="eager")
     features = net.body(images)
-    with pytest.raises(ValueError, match="run some steps before you compile or capture"):
+    with pytest.raises(ValueError, match="run some eager training steps before you compile or capture"):
         compiled(net.head(features), target, features)
 
 

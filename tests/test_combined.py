@@ -183,6 +183,15 @@ def test_a_supervised_loss_without_any_gradient_is_warned_of_once():
     criterion(logits, target, features).backward()
 
 
+def test_nothing_is_watched_without_gradients():
+    logits, target, features = batch()
+    target[0, 0, 3, 5] = -1
+    criterion = CombinedExudateLoss(0.02, 0.1, supervised=squares_of_valid, ignore_index=-1)
+    wanted = criterion(logits, target, features)
+    with torch.no_grad():
+        assert torch.equal(criterion(logits.detach(), target, features), wanted)
+
+
 def masked_in_place(logits, target):
     return binary_cross_entropy_with_logits(logits.masked_fill_(target == -1, 0), target.clamp(min=0))
 

@@ -120,6 +120,14 @@ def test_everything_ignored_gives_0_and_gradients_of_0():
     assert all(not gradient.any() for gradient in gradients(loss, logits, features))
 
 
+def test_the_cross_entropy_of_one_valid_pixel_is_its_own():
+    logits, index, features = batch()
+    index[:] = 255
+    index[0, 3, 5] = 2
+    terms = CombinedExudateLoss(**FIXED, classes=[1], ignore_index=255).terms(logits, index, features)
+    torch.testing.assert_close(terms.supervised, -logits[0, :, 3, 5].log_softmax(0)[2])
+
+
 LOSSES = {
     "smp Dice": (smp.losses.DiceLoss("multiclass", from_logits=True), torch.int64, False),
     "smp Focal": (smp.losses.FocalLoss("multiclass"), torch.int64, False),
@@ -233,7 +241,7 @@ def test_such_an_error_speaks_of_ignored_pixels_and_of_lists_where_there_are_any
     with pytest.raises(
         TypeError, match=r"logits a list of 2, first \(2, 5, 32, 32\), torch.float32 .*DeepSupervisionLoss one"
     ):
-        CombinedExudateLoss(**FIXED, **losses)([logits, logits], index, features)
+        CombinedExudateLoss(**FIXED, **losses)([logits, logits[..., ::2]], index, features)
 
 
 def test_meta_tensors_of_monai_may_be_index_masks():

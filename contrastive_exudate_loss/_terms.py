@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_exudate_loss import _checks, fused
 from contrastive_exudate_loss._options import MaskLoss
 from contrastive_exudate_loss.contrast import CONTRASTS, contrast_loss, first_of_each_label
-from contrastive_exudate_loss.distributed import agreed, of_all_ranks, rank_and_count, sum_of_ranks
+from contrastive_exudate_loss.distributed import lengths_of_ranks, of_all_ranks, rank_and_count, sum_of_ranks
 from contrastive_exudate_loss.masks import Regions, lesion_and_valid, side_by_side
 from contrastive_exudate_loss.patches import patch_sides
 from contrastive_exudate_loss.pooling import masked_sums
@@ -232,7 +232,7 @@ def _joint(calls: Sequence[_Call], features: Tensor, target: Tensor) -> list[_Ca
     """The calls, where they gather with the lengths of all processes; None on every process if one cannot do them."""
     lengths = [length for call in calls for length in call.work.lengths(target)]
     facts = features.shape[1], features.itemsize, target.shape[1]
-    by_rank = agreed([all(call.function for call in calls), *lengths], *facts, device=features.device)
+    by_rank = lengths_of_ranks([all(call.function for call in calls), *lengths], *facts, device=features.device)
     embeddings = sum(sum(rank[1:]) for rank in by_rank)
     if not all(rank[0] for rank in by_rank) or embeddings * target.shape[1] * features.shape[1] >= fused.OFFSETS:
         return None
@@ -304,7 +304,7 @@ def _shown_classes(target: Tensor, terms: Sequence[PatchContrastLoss]) -> Tensor
 
 
 def _first(candidates: Candidates, sort_key: Tensor, most: int) -> Candidates:
-    """Those of each label with the lowest sort_key, at most so many."""
+    """Those with the lowest sort_key, at most `most` of each label."""
     index, present = first_of_each_label(sort_key, candidates.labels, candidates.present, most)
     return Candidates(candidates.vectors[index], candidates.labels[index], present)
 

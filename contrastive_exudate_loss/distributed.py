@@ -39,7 +39,7 @@ def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tenso
         ValueError: the processes differ in C, in the dtype of vectors or in classes; every process raises it.
     """
     facts = [len(vectors)], vectors.shape[1], vectors.itemsize, classes
-    lengths = [length for (length,) in agreed(*facts, device=vectors.device)]
+    lengths = [length for (length,) in lengths_of_ranks(*facts, device=vectors.device)]
     # cat promotes: one float64 column makes all of them float64.
     rows = torch.cat([vectors, *(column.detach()[:, None].to(vectors.device) for column in columns)], 1)
     rows = F.pad(rows, (0, 0, 0, max(1, *lengths) - len(rows)))
@@ -50,7 +50,7 @@ def of_all_ranks(vectors: Tensor, *columns: Tensor, classes: int) -> tuple[Tenso
     return found.to(vectors.dtype), *flat
 
 
-def agreed(
+def lengths_of_ranks(
     lengths: Sequence[int], channels: int, itemsize: int, classes: int, *, device: torch.device
 ) -> list[list[int]]:
     """The lengths of each rank, in the order of their ranks; every process must call it, with as many lengths.

@@ -105,7 +105,7 @@ class Fused(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """Those by features and logits; they refuse a derivative of their own, which nobody needs."""
+    """The gradients with respect to features and logits; they refuse a derivative of their own, which nobody needs."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ def _keys(density: Density, edge: Edge, labels: Tensor, first: int) -> Tensor | 
 
 
 def _taken(work: Work, most: tuple[int, int], sums: Tensor, labels: Tensor, keys: Tensor | None, first: int) -> Tensor:
-    """Labels with at most so many of each kept in the density and the edge term; others become 0, as do their sums."""
+    """Labels, at most `most` of each in the density and the edge term; others become 0, as do their sums."""
     classes, places, channels = sums.shape
     sizes, longest, terms = _rows(work, first, places)
     block, taken = _tile(channels)[0], torch.empty_like(labels)

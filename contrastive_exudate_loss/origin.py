@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge, Node
 from contrastive_exudate_loss import _checks, graph, probe
 from contrastive_exudate_loss.features import FeatureTap
 
-# A way from the main logits to the criterion's is probed once, but so often if it takes indices: a random permutation
+# A way from the main logits to the criterion's is probed once, or this often if it takes indices: a random permutation
 # of two images leaves them in place in every second batch.
 LOOKS_AT_AN_INDEX = 8
 

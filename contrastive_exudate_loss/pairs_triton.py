@@ -1,4 +1,4 @@
-"""Contrasts of what is there, in six Triton kernels: all terms and classes at once, and nothing waits for a size.
+"""Contrasts of the present embeddings, in six Triton kernels: all terms and classes at once; no size is waited for.
 
 The embeddings of a contrast are compacted on the device, those of label 1 from the front of its rows and those of
 label 0 from the back, so that a tile is of one label or of two different ones, and rows without an embedding cost
@@ -242,7 +242,7 @@ def negatives(
     edge: tl.constexpr, terms: tl.constexpr, sup_con: tl.constexpr,
     rows: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The rest of the gradient, and of all of it what it is by the sums; one program some anchors.
+    """The rest of the gradient, which then is that with respect to the sums too; one program some anchors.
 
     Args:
         z, norms, index, counts, lse, weights, gradient: as above.
@@ -293,7 +293,7 @@ def add_up(
         all_terms: (), to be written if there is supervised: supervised_loss + alpha density_loss + beta edge_loss.
         supervised_loss: (), to be written if there is supervised: its mean over the valid pixels.
         density_loss, edge_loss: (), to be written; None without the term: the mean over the classes with a contrast.
-        number: (), to be written if there is supervised: of the valid pixels, 1 at least.
+        number: (), to be written if there is supervised: of the valid pixels, at least 1.
         pixels: how many, where none is ignored.
     """
     dtype: tl.constexpr = losses.dtype.element_ty
@@ -344,7 +344,7 @@ def _mean(
 
 @triton.jit
 def _losses_in(counts, contrast, sup_con: tl.constexpr):
-    """Over how many losses a contrast is a mean, 1 at least: ordered pairs of a label, for sup_con anchors in one."""
+    """Over how many losses a contrast is a mean, at least 1: ordered pairs of a label, for sup_con anchors in one."""
     ones, zeros = tl.load(counts + 2 * contrast).to(tl.int64), tl.load(counts + 2 * contrast + 1).to(tl.int64)
     if sup_con:
         n = tl.where(ones > 1, ones, 0) + tl.where(zeros > 1, zeros, 0)
@@ -355,7 +355,7 @@ def _losses_in(counts, contrast, sup_con: tl.constexpr):
 
 @triton.jit
 def _classes_with_contrast(counts, of_term, classes, terms: tl.constexpr):
-    """How many classes have a contrast in a term: a pair of one label, and one of the other; 1 at least."""
+    """How many classes have a contrast in a term: a pair of one label, and one of the other; at least 1."""
     n = tl.full([], 0, tl.int32)
     for k in range(classes):
         at = counts + 2 * (k * terms + of_term)

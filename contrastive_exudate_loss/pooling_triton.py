@@ -177,8 +177,8 @@ def spread(
     Args:
         by_features: (B, C, h, w), floating, of the strides image, channel, row, column, to be written.
         codes: (B, K, H, W), uint8: the masks.
-        by_sums: (K, total, C): gradient by the sums under masks that are not empty; of a class first those of the
-            density term, (B, gh, gw), then of the edge term (2, B, gh, gw), or (2, B) if per_image.
+        by_sums: (K, total, C): gradient with respect to the sums under masks that are not empty; of a class first those
+            of the density term, (B, gh, gw), then of the edge term (2, B, gh, gw), or (2, B) if per_image.
         by_total, by_density, by_edge, alpha, beta: as of factor.
         per_row, per_column: the most pixels of a cell along each axis.
     """

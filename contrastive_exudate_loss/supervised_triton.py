@@ -18,7 +18,7 @@ def spread_over_logits(
         by_logits: (size,), floating, to be written.
         logits: (size,), floating.
         target: (size,).
-        number: (), floating: of the valid pixels, 1 at least.
+        number: (), floating: of the valid pixels, at least 1.
         by_total, by_supervised: as of factor.
     """
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)

@@ -402,7 +402,7 @@ def work_of_two(monkeypatch):
 
     def calls(*, able=True, offsets=None):
         # Lengths of the density term and of the edge term, of the work with the first, then of that with the second.
-        monkeypatch.setattr(_terms, "agreed", lambda own, *_, **__: [own, [able, 12, 0, 0, 6]])
+        monkeypatch.setattr(_terms, "lengths_of_ranks", lambda own, *_, **__: [own, [able, 12, 0, 0, 6]])
         monkeypatch.setattr(_terms, "rank_and_count", lambda: (0, 2))
         monkeypatch.setattr(fused, "switched_on", lambda _: True)
         monkeypatch.setattr(fused, "kernels", lambda *_: "kernels")

@@ -55,7 +55,7 @@ def test_gathering_launches_as_much_as_the_page_says(monkeypatch):
     def gathered(own):
         return torch.stack([own, own])  # stands in for a collective
 
-    def agreed(lengths, *_, device):
+    def lengths_of_ranks(lengths, *_, device):
         gathered(torch.tensor([*lengths], device=device))
         return [[*lengths]] * 2
 
@@ -63,7 +63,7 @@ def test_gathering_launches_as_much_as_the_page_says(monkeypatch):
         monkeypatch.setattr(module, "rank_and_count", lambda: (0, 2))
     monkeypatch.setattr(distributed, "_gathered", gathered)
     monkeypatch.setattr(torch.distributed, "all_reduce", torch.Tensor.neg_)
-    monkeypatch.setattr(_terms, "agreed", agreed)
+    monkeypatch.setattr(_terms, "lengths_of_ranks", lengths_of_ranks)
     options = {"gather_distributed": True}
     parts = {"density": PatchDensityContrastLoss(**options), "edge": PatchEdgeContrastLoss(**options)}
     criterion = CombinedExudateLoss(0.02, 0.1, **parts)

@@ -116,7 +116,7 @@ def advanced_weights(
     times, warm_up = [pull.times for pull in given], [pull.warm_up for pull in given]
     rows = features.detach()[:, :, ::SAMPLED]
     features_norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-    least = [NOISE / temperature * (rows.shape[2] / features.shape[2]) ** 0.5 for temperature in temperatures]
+    least = [NOISE / temperature / SAMPLED**0.5 for temperature in temperatures]
     records = state["means"], state["terms"], state["layer"], state["hand"], features_norm
     if torch.compiler.is_compiling():
         advanced: Tensor = _advance(*records, least, times, warm_up)

@@ -507,50 +507,49 @@ class CombinedExudateLoss(WeightedLoss):
         Call it instead of the criterion, and differentiate total. Args, Raises: as for a call of the criterion.
         """
         self._check_changed_options()
-        finest, mask = self._finest(logits, target)
+        finest, given = self._finest(logits, target)
+        plain_logits, plain_target = plain(finest), plain(given)
         terms = [term for term, used in ((self.density, self._uses_density), (self.edge, self._uses_edge)) if used]
         is_tapped = features is None
         features = self._term_features(features, finest, needed=bool(terms))
         if features is not None:
-            _checks.check_features(features, mask)
+            _checks.check_features(features, given)
             if not is_tapped:
                 check_gradient(features, finest)
         # A subclass with a forward of its own checks and computes by itself.
         ours = all(type(term).forward is PatchContrastLoss.forward for term in terms)
         if features is not None and ours:
-            at_once = self._all_at_once(plain(finest), plain(mask), plain(features), terms)
+            at_once = self._all_at_once(plain_logits, plain_target, plain(features), terms)
             if at_once is not None:
                 return at_once
+        own = terms if ours else []
         if self.supervised is None:
-            supervised = self._default_supervised(plain(finest), plain(mask), terms if ours else [])
+            supervised = self._default_supervised(plain_logits, plain_target, own)
         else:
-            indices = [term.ignore_index for term in terms if ours]
-            if self.classes is None and indices:
-                self._check_values(plain(mask), indices)
-            supervised = self._given_supervised(self.supervised, logits, target, finest, mask)
-        index = None
+            if self.classes is None and own:
+                self._check_values(plain_target, [term.ignore_index for term in own])
+            supervised = self._given_supervised(self.supervised, logits, target, finest, given)
+        mask, index = plain_target, None
         if self.classes is not None:
-            index = plain(mask)
-            mask = masks_of(index, self.classes, self.ignore_index)
-        mask = plain(mask)
-        self._look_for_misuse(plain(finest), mask, index)
+            mask, index = masks_of(plain_target, self.classes, self.ignore_index), plain_target
+        self._look_for_misuse(plain_logits, mask, index)
         if features is None:
             terms = []
         else:
             self._look_at_gradient(features, supervised)
             features = plain(features) if ours else features
-        each = [] if features is None else [features] * len(terms)
+        features_of_terms = [] if features is None else [features] * len(terms)
         weights = None
         if features is not None and self._has_pull():
             over_ranks = any(term.gather_distributed for term in terms) and rank_and_count()[1] > 1
             temperatures = self.density.temperature, self.edge.temperature
-            weights, each = self._pulled(
+            weights, features_of_terms = self._pulled(
                 supervised, plain(features), temperatures, is_tapped=is_tapped, over_ranks=over_ranks
             )
         if ours:
-            losses = term_losses(terms, each, mask)
+            losses = term_losses(terms, features_of_terms, mask)
         else:
-            losses = [term(own, mask) for term, own in zip(terms, each, strict=True)]
+            losses = [term(measured, mask) for term, measured in zip(terms, features_of_terms, strict=True)]
         zero = supervised.new_zeros(())
         density = losses[0] if losses and self._uses_density else zero
         edge = losses[-1] if losses and self._uses_edge else zero

@@ -117,7 +117,8 @@ def test_examples_in_documents_run(code, capsys, monkeypatch, tmp_path):
         script = tmp_path / "script.py"
         script.write_text(code)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
         return
     exec(compile(code, "example", "exec"), {})
     shown = re.findall(r"^# prints (.*)$", code, re.MULTILINE)

@@ -204,8 +204,10 @@ class FeatureTap:
         if self._layer_name is None and torch.is_grad_enabled():
             try:
                 self._choose(model, output)
-            except ValueError:
+            except ValueError as error:
                 self.close()  # or this tap's error would be raised again under the next tap, with a layer given
+                if hasattr(model, "_orig_mod"):
+                    raise ValueError(f"{error}; tap a model before torch.compile") from None
                 raise
             self._seen.clear()
 
@@ -237,7 +239,6 @@ class FeatureTap:
                 f"{which} the logits; give FeatureTap(model, layer=NAME), with the layer whose input is the features, "
                 f"or give the features to the criterion yourself"
                 + ("" if names or not ran else f"; the layers that ran: {ran}")
-                + ("; tap a model before torch.compile" if hasattr(model, "_orig_mod") else "")
             )
         name, module, made, given, features = found[0]
         _remove(self._watchers)

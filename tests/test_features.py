@@ -766,6 +766,16 @@ def test_copies_of_a_tapped_model_are_untapped(way, chosen):
     criterion(logits, TARGET)
 
 
+def test_a_compiled_model_without_a_layer_is_refused_with_the_order_that_works():
+    torch.compiler.reset()
+    model = torch.compile(Net(), backend="eager")
+    tap = FeatureTap(model)
+    with pytest.raises(ValueError, match=r"give FeatureTap\(model, layer=NAME\).*; tap a model before torch.compile"):
+        model(IMAGES)
+    with pytest.raises(RuntimeError, match="this FeatureTap is closed"):
+        _ = tap.features
+
+
 def test_a_compiled_model_feeds_a_tap_whose_layer_is_given():
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
     criterion = CombinedExudateLoss(0.02, 0.1, features=FeatureTap(net, "2"))

@@ -96,11 +96,11 @@ class WeightedLoss(MaskLoss):
                 errors.append(
                     f"{prefix}pull must have {sum(sizes)} numbers, got {len(numbers)}; leave it out to measure anew"
                 )
-                numbers = torch.cat(list(self._pull_state.values()))
-            for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
-                tensor.copy_(loaded)
-            self._pull_known = pull.known(self._pull_state)
-            self._pull_calls = int(numbers[pull.STEP])
+            else:
+                for tensor, loaded in zip(self._pull_state.values(), numbers.split(sizes), strict=True):
+                    tensor.copy_(loaded)
+                self._pull_known = pull.known(self._pull_state)
+                self._pull_calls = int(numbers[pull.STEP])
         super()._load_from_state_dict(own, prefix, *arguments)
 
     def _measure_at_the_tap(self, *, anew: bool = False) -> None:

@@ -102,8 +102,8 @@ def _doses(found: Mapping[str, Arms]) -> dict[str, dict[str, tuple[float, list[f
             supervised, beta, weights = settings.supervised, settings.beta, settings.weights
             edge_alone = Settings(steps=450, supervised=supervised, beta=beta, weights=weights)
             if settings == edge_alone and beta and weights != "share":
-                measured_pull = _pull(found[letter][arm], "features", "edge").split("; ")[-1]
-                pull = beta if "pull" in weights else float(measured_pull)
+                measured_pulls = _pulls(found[letter][arm], "features", "edge")
+                pull = measured_pulls[1] if measured_pulls else beta
                 differences = of_each_seed(pairs, "f1_tuned", tested=False)
                 doses.setdefault(supervised, {})[arm] = pull, differences
     return doses
@@ -331,9 +331,15 @@ def _mechanism(arms: Arms) -> str:
 
 
 def _pull(runs: Sequence[Run], where: str, part: str) -> str:
-    """The weighted term's gradient norm beside that of the supervised loss: median of the ratios; ratio of the means.
+    found = _pulls(runs, where, part)
+    return f"{found[0]:.3g}; {found[1]:.3g}" if found else "-"
+
+
+def _pulls(runs: Sequence[Run], where: str, part: str) -> tuple[float, float] | None:
+    """The weighted term's gradient norm beside that of the supervised loss: median of the ratios, ratio of the means.
 
     The first is of the steps in which the term is not 0, the second of all; they part where a few steps pull hard.
+    None for a Pull, whose weight in a step is not recorded, and where the term is always 0.
     """
     norms = [
         (_weight(run["settings"], part, point["step"]) * point[where][part], point[where]["supervised"])
@@ -343,9 +349,9 @@ def _pull(runs: Sequence[Run], where: str, part: str) -> str:
     ]
     ratios = [term / supervised for term, supervised in norms if term > 0 and supervised > 0]
     if not ratios:
-        return "-"
+        return None
     terms, supervised = (statistics.fmean(column) for column in zip(*norms, strict=True))
-    return f"{statistics.median(ratios):.3g}; {terms / supervised:.3g}"
+    return statistics.median(ratios), terms / supervised
 
 
 def _weight(settings: Mapping[str, Any], part: str, step: int) -> float:

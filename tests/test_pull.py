@@ -335,9 +335,9 @@ def record(state, step, density, edge, supervised=3.0, scale=1.0):
     state["hand"][:] = torch.tensor([step, supervised])
 
 
-def advanced(state, pulls, averaged=None, features=1.0):
+def advanced(state, pulls, summed=None, features=1.0):
     """The next weights, before features of one value."""
-    return module.advanced_weights(state, pulls, torch.full((1, 2, 1, 1), features), (0.05, 0.05), averaged, False)
+    return module.advanced_weights(state, pulls, torch.full((1, 2, 1, 1), features), (0.05, 0.05), summed, False)
 
 
 def test_norms_are_averaged_over_the_processes_that_have_them():

@@ -95,6 +95,8 @@ class Objective:
         self.projection: nn.Module | None = None
         self.tap = FeatureTap(model, settings.layer) if settings.alpha or settings.beta else None
         self.criterion = _criterion(settings)
+        deeper = settings.edge.get("deeper")
+        self.second_tap = FeatureTap(model, deeper) if deeper else None
         self.pulls = settings.weights.startswith("pull")
         if self.pulls:
             warm_up = settings.steps // 3 if settings.weights.endswith("ramp") else 0
@@ -121,6 +123,7 @@ class Objective:
             target = target.masked_fill(disc & (target == 0), IGNORED)
         if isinstance(self.criterion.edge, OtherEdgeLoss):
             self.criterion.edge.logits = logits.detach()
+            self.criterion.edge.second = self.second_tap.take() if self.second_tap else None
         if self.tap is None or self.pulls:
             return self.criterion.terms(logits, target)
         features = self.tap.take()

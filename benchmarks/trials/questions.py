@@ -166,6 +166,8 @@ VARIED = {
         ("dice + bce + edge by lesions, pull 2", {"variant": "lesions"}),
         ("dice + bce + edge and decoys, pull 2", {"variant": "decoys"}),
         ("dice + bce + edge of errors, pull 2", {"variant": "errors"}),
+        ("dice + bce + edge on two levels, pull 2", {"variant": "levels", "deeper": "decoder.blocks.4"}),
+        ("dice + bce + edge with a memory, pull 2", {"variant": "memory"}),
     )
 }
 TILES = {

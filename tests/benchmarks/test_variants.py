@@ -125,12 +125,46 @@ def test_where_the_network_makes_no_error_there_is_nothing_to_contrast():
     assert loss(features, target) == 0
 
 
+def test_levels_are_the_mean_of_the_loss_on_each():
+    features, target = example(0)
+    loss, package = OtherEdgeLoss("levels"), PatchEdgeContrastLoss()
+    loss.second = torch.randn(2, 7, 16, 16, dtype=torch.float64, requires_grad=True)
+    got, wanted = loss(features, target), (package(features, target) + package(loss.second, target)) / 2
+    torch.testing.assert_close(got, wanted)
+    levels = features, loss.second
+    torch.testing.assert_close(*(torch.autograd.grad(value, levels) for value in (got, wanted)))
+    loss.second = None
+    with pytest.raises(ValueError, match="second must be set"):
+        loss(features, target)
+
+
+def test_the_latest_inner_embeddings_are_remembered_and_get_no_gradient(monkeypatch):
+    monkeypatch.setattr(variants, "REMEMBERED", 3)
+    loss, remembered = OtherEdgeLoss("memory"), []
+    for seed in range(3):
+        features, target = example(seed)
+        bands = [
+            (reference.mean_vector(own, pixels, (32, 32)), n == 0)
+            for own, mask in zip(features, target[:, 0], strict=True)
+            for pair in reference.bands(mask)
+            for n, pixels in enumerate(pair)
+            if pixels
+        ]
+        vectors, labels = [vector for vector, _ in bands], [is_inner for _, is_inner in bands]
+        got = loss(features, target)
+        wanted = reference.contrast(vectors + remembered, labels + [True] * len(remembered))
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(value, features)[0] for value in (got, wanted)))
+        remembered = ([vector.detach() for vector, is_inner in bands if is_inner] + remembered)[:3]
+    assert len(remembered) == 3
+
+
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_batch_without_contours_gives_nothing(variant, value):
     features = torch.randn(2, 5, 32, 32, requires_grad=True)
     loss = OtherEdgeLoss(variant)
-    loss.logits = torch.zeros(2, 1, 32, 32)
+    loss.logits, loss.second = torch.zeros(2, 1, 32, 32), features * 2
     total = loss(features, torch.full((2, 1, 32, 32), value))
     total.backward()
     assert total == 0
@@ -140,7 +174,8 @@ def test_a_batch_without_contours_gives_nothing(variant, value):
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_a_run_can_have_it(variant):
     model = Network()
-    objective = Objective(Settings(beta=1.0, weights="pull", edge={"variant": variant}), model)
+    edge = {"variant": variant} | ({"deeper": "body.1"} if variant == "levels" else {})
+    objective = Objective(Settings(beta=1.0, weights="pull", edge=edge), model)
     images, masks = batch()
     for _ in range(2):
         terms = objective.terms(model(images), masks, 1.0)

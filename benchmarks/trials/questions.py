@@ -158,6 +158,15 @@ OPPONENTS = {
     name: _but(BCE, supervised=name)
     for name in ("bce", "dice + bce", "cc-dice", "cc-dice, a fifth", "blob", "blob, a tenth", "lovasz", "lovasz + bce")
 } | {"dice + bce + edge, pull 2": PULLED_OTHERWISE["dice + bce + edge, pull 2"]}
+# By the rule of o the two that led in it.
+LEADERS = {
+    name: settings
+    for loss in ("dice + bce", "cc-dice", "blob")
+    for name, settings in (
+        (loss, OPPONENTS[loss]),
+        (f"{loss} + edge, pull 2", _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], supervised=loss)),
+    )
+}
 # Other embeddings for the edge term, beside its own.
 VARIED = {
     name: _but(PULLED_OTHERWISE["dice + bce + edge, pull 2"], edge=edge)
@@ -223,6 +232,7 @@ QUESTIONS = {
     "q": Question(_short({**PEERS_OF_PULL, **PULLED_OTHERWISE}), range(3), tested=False),
     "r": Question(_short(PULLED_ELSEWHERE), range(3), tested=False),
     "o": Question(_short(OPPONENTS), range(3), tested=False),
+    "y": Question(LEADERS, range(23, 30), tested=True),
     "w": Question(_short({"dice + bce": PEERS["dice + bce"], **VARIED}), range(3), tested=False),
     "x": Question(TILES, range(7), tested=True),
     "f": Question(NETWORKS, range(3), tested=True),

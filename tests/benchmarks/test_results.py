@@ -202,6 +202,83 @@ def test_the_page_says_where_the_default_carries_over():
     assert set(of_soft) == {0}  # none is small
 
 
+# What question o compares: rows of the page, and names of arms.
+LOSSES = {
+    "BCE": "bce",
+    "CC-DiceCE, weight 1/2": "cc-dice",
+    "CC-DiceCE, weight 1/5": "cc-dice, a fifth",
+    "blob loss, weight 1/3": "blob",
+    "blob loss, weight 1/10": "blob, a tenth",
+    "Lovász": "lovasz",
+    "Lovász + BCE": "lovasz + bce",
+    "Dice + BCE with the default edge term": "dice + bce + edge, pull 2",
+}
+
+
+def test_the_page_compares_other_losses_as_the_runs_did():
+    page = (ROOT / "docs/evidence.md").read_text()
+    arms = {name: ARMS["o"][f"{name}, short"] for name in ("dice + bce", *LOSSES.values())}
+    assert all([run["seed"] for run in runs] == [0, 1, 2] for runs in arms.values())
+    f1 = {name: np.array([run["curve"][-1]["f1_tuned"] for run in runs]) for name, runs in arms.items()}
+    plain = arms["dice + bce"]
+    holds(page, [f"| Dice + BCE | {f1['dice + bce'].mean():.3f} |"])
+    for row, name in LOSSES.items():
+        each = f1[name] - f1["dice + bce"]
+        others = [
+            np.mean(of_each_seed(paired(arms[name], plain), metric, tested=False))
+            for metric in ("average_precision", "small_recall")
+        ]
+        cells = [row, f"{f1[name].mean():.3f}", f"{each.mean():+.3f} ({', '.join(f'{one:+.3f}' for one in each)})"]
+        holds(page, [f"| {' | '.join(cells + [f'{one:+.3f}' for one in others])} |"])
+        assert (min(each) > 0) == (name not in ("bce", "lovasz", "lovasz + bce"))
+    # The rule of o: which two go on.
+    best = {loss: max(own, key=lambda name: f1[name].mean()) for loss, own in VARIANTS_OF.items()}
+    assert sorted(best.values(), key=lambda name: -f1[name].mean())[:2] == ["cc-dice", "blob"]
+    assert f1["cc-dice"].mean() > f1["dice + bce + edge, pull 2"].mean() > f1["cc-dice, a fifth"].mean()
+
+
+VARIANTS_OF = {
+    "cc-dice": ("cc-dice", "cc-dice, a fifth"),
+    "blob": ("blob", "blob, a tenth"),
+    "lovasz": ("lovasz", "lovasz + bce"),
+}
+
+
+def of_hei_med():
+    """Networks of u on another data set: those with the edge term beside those without it."""
+    lines = read_lines(ROOT / "benchmarks/results/hei-med.jsonl")
+    plain, ours = ([line for line in lines if line["arm"] == arm] for arm in ("dice + bce", HARDER["dice + bce"]))
+    found = paired(ours, plain)
+    assert [run["seed"] for run, _ in found] == [25, 26, 27, 28, 29]
+    return found
+
+
+def test_the_page_says_how_the_networks_fare_on_hei_med():
+    page, found = (ROOT / "docs/evidence.md").read_text(), of_hei_med()
+    photographs = found[0][0]["test"]["photographs"]
+    assert [len(photographs), sum(one["lesions"] > 0 for one in photographs)] == [169, 54]
+    for row, metric, tuned in (
+        ("F1 at the fold's threshold", "f1", True),
+        ("F1 at 0.5", "f1", False),
+        ("average precision", "average_precision", False),
+        ("F1 over all pixels, fold's threshold", "f1_pixels", True),
+    ):
+        tests = [[run["test"]["tuned"] if tuned else run["test"] for run in pair] for pair in found]
+        ours, plain = np.transpose([[test[metric] for test in pair] for pair in tests])
+        each = ours - plain
+        middle, interval, _ = over_seeds(each)
+        cells = [row, f"{np.mean(plain):.3f}", f"{np.mean(ours):.3f}"]
+        difference = "{:+.3f} ({:+.3f} to {:+.3f})".format(middle, *interval)
+        if metric != "average_precision":
+            difference += " [{:+.3f} to {:+.3f}]".format(*over_both(found, metric, tuned=tuned).interval)
+        holds(page, [f"| {' | '.join([*cells, difference, ', '.join(f'{one:+.3f}' for one in each)])} |"])
+        assert sum(each > 0) == (4 if metric == "f1" else 5)
+        assert interval[0] < 0
+        assert each[0] > 2 * max(each[1:])
+    ours, plain = (total([run], "fp") for run in found[0])
+    holds(page, [f"by {100 * (1 - ours / plain):.0f} % fewer false positive pixels"])
+
+
 # What question w tries: rows of the page, and part of an arm's name.
 VARIANTS = {
     "one of each kind a lesion": "by lesions",
@@ -299,7 +376,7 @@ def of_the_pages():
     signs = [[d > 0 for d in of_each_seed(pairs(LETTERS[loss], arm), "f1_tuned")] for loss, arm in HARDER.items()]
     assert [sum(own) for own in signs] == [9, 3]
     assert sum(d > 0 for d in gained) == 6
-    assert [own_runs(letter) for letter in "rwvox"] == [30, 9, 0, 0, 0]  # what was not run
+    assert [own_runs(letter) for letter in "rwvxo"] == [30, 9, 0, 0, 18]  # what was not run
     halfway = [np.mean(at_step(450, *zip(*pairs(LETTERS[loss], arm), strict=True))) for loss, arm in HARDER.items()]
     assert (np.array(halfway) <= [on_fold(LETTERS[loss], arm) for loss, arm in HARDER.items()]).all()
     return [

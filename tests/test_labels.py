@@ -151,6 +151,7 @@ def test_losses_of_other_packages_work_untouched(name):
     [
         (lambda x, t, f: (x[:, :4], t, f), ValueError, r"classes must be below .* channels, 4, got \(1, 2, 3, 4\)"),
         (lambda x, t, f: (x, t + 2, f), ValueError, "from 0 to 4, one for each channel of logits, got 5; give the net"),
+        (lambda x, t, f: (torch.cat([x, x[:, :1]], 1), t + 3, f), ValueError, "from 0 to 5, .* got 6; give the net"),
         (lambda x, t, f: (x, (t > 1).byte() * 255, f), ValueError, r"got 255; .* into \(target > 127\).long\(\)"),
         (lambda x, t, f: (x, t * 80, f), ValueError, r"a grey mask, .* into \(target > 127\).long\(\)"),
         (
@@ -200,8 +201,8 @@ def test_with_classes_the_parts_have_the_criterions_ignore_index():
 
 def test_an_index_mask_without_classes_is_recognised():
     logits, index, features = batch(classes=4)
-    for target in (index, index.unsqueeze(1)):
-        with pytest.raises(ValueError, match=r"classes=range\(1, "):
+    for target, number in ((index, "number of classes"), (index.unsqueeze(1), "4")):
+        with pytest.raises(ValueError, match=rf"classes=range\(1, {number}\)"):
             CombinedExudateLoss(**FIXED)(logits, target, features)
     with pytest.raises(ValueError, match=r"classes=range\(1, 4\)"):
         CombinedExudateLoss(**FIXED)(logits[:, :1], index.unsqueeze(1), features)

@@ -150,3 +150,11 @@ def test_options_of_numpy_and_of_lists_become_plain_ones(kind):
     assert CombinedExudateLoss(classes=[kind(1)]).classes == (1,)
     with pytest.raises(TypeError, match="patch_size must be an int"):
         PatchEdgeContrastLoss(np.bool_(True))
+
+
+@pytest.mark.parametrize("name", ["model", "teacher"])
+def test_a_module_set_under_another_name_than_tap_is_a_part(name):
+    criterion, model = CombinedExudateLoss(), torch.nn.Conv2d(1, 1, 1)
+    setattr(criterion, name, model)
+    assert criterion.get_submodule(name) is model
+    assert criterion.tap is None

@@ -634,10 +634,11 @@ def test_a_state_is_optional_and_fits_any_weights():
     nn.ModuleDict({"loss": CombinedExudateLoss()}).load_state_dict({})
 
 
-def test_a_state_of_another_size_is_refused_by_name():
+@pytest.mark.parametrize("size", [5, 21])
+def test_a_state_of_another_size_is_refused_by_name(size):
     criterion = CombinedExudateLoss()
-    with pytest.raises(RuntimeError, match="pull must have 20 numbers, got 5"):
-        criterion.load_state_dict({"pull": torch.zeros(5)})
+    with pytest.raises(RuntimeError, match=rf"\tpull must have 20 numbers, got {size}"):
+        criterion.load_state_dict({"pull": torch.ones(size)})
     assert not criterion.state_dict()["pull"].any()
 
 

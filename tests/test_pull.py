@@ -114,6 +114,8 @@ def trained_weights(criterion, net, steps, call=None, first=0, backward=lambda l
         optimizer.zero_grad()
         backward(terms.total)
         optimizer.step()
+        weighted = terms.alpha * terms.density + terms.beta * terms.edge
+        torch.testing.assert_close(terms.total, terms.supervised + weighted)
         found.append(torch.stack([terms.alpha, terms.beta]).double())
         assert not terms.alpha.requires_grad
         assert not terms.beta.requires_grad
@@ -534,6 +536,15 @@ def test_a_step_that_is_not_finite_leaves_both_means(value):
     got = criterion.terms(net(images), target).beta
     assert torch.equal(got, wanted)
     assert torch.equal(criterion._pull_state["means"][module.SUMS], before)
+
+
+def test_an_infinite_norm_of_a_term_leaves_the_means():
+    state, pulls = module.new_state(), (Pull(1.0), Pull(1.0))
+    record(state, 1, 3.0, 2.0)
+    first = advanced(state, pulls)
+    record(state, 2, math.inf, 1.0)
+    assert torch.equal(advanced(state, pulls), first)
+    assert first.all()
 
 
 def test_a_loss_scaler_and_accumulation_drop_out():

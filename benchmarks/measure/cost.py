@@ -103,13 +103,18 @@ def ratio(seconds: Sequence[float], others: Sequence[float]) -> Quartiles:
     return spread([one / other for one, other in zip(seconds, others, strict=True)])
 
 
-def extra_memory(device: torch.device, work: Callable[[], object]) -> tuple[int, int]:
+def extra_memory(
+    device: torch.device, work: Callable[[], object], release: Callable[[], object] | None = None
+) -> tuple[int, int]:
     """Bytes that PyTorch allocated during the work beyond what was there before: the peak, and what its result keeps.
 
     The work is done once before, since a first time allocates what stays; then tensors that earlier code left in
-    reference cycles are freed, which Python might otherwise do during the work.
+    reference cycles are freed, which Python might otherwise do during the work. Release frees what the work has left
+    elsewhere: the profiler of the CPU counts what is freed of it only if another profile happened to see it allocated.
     """
     work()
+    if release is not None:
+        release()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -104,7 +104,7 @@ def inference(plan: Plan, tick: Tick) -> list[Row]:
     seconds = _seconds(plan, works)
     rows = []
     for name, work in works.items():
-        peak, kept = extra_memory(plan.device, work)
+        peak, kept = extra_memory(plan.device, work, tap.take if name == "with a tap" else None)
         rows.append(
             {
                 "work": name,

@@ -204,8 +204,9 @@ def test_readme_shows_the_recorded_cost():
 
 
 def test_a_tap_keeps_the_features_of_the_last_pass(tiny):
-    without, with_tap = (row["kept_bytes"] for row in sections.inference(run.quick(CPU, 0), print))
-    assert with_tap > without
+    for _ in range(2):  # the second time a profile has seen the features of the first
+        without, with_tap = (row["kept_bytes"] for row in sections.inference(run.quick(CPU, 0), print))
+        assert with_tap == without + 4 * 2 * 16 * 32 * 32
 
 
 def test_one_section_can_be_measured_alone(tiny, tmp_path):

@@ -109,8 +109,9 @@ def extra_memory(
     """Bytes that PyTorch allocated during the work beyond what was there before: the peak, and what its result keeps.
 
     The work is done once before, since a first time allocates what stays; then tensors that earlier code left in
-    reference cycles are freed, which Python might otherwise do during the work. Release frees what the work has left
-    elsewhere: the profiler of the CPU counts what is freed of it only if another profile happened to see it allocated.
+    reference cycles are freed, which Python might otherwise do during the work. Release, called in between, frees what
+    the first time has left elsewhere, as in a tap: freed during the work, it would make what is kept seem less, on a
+    CPU only if an earlier profile had seen it allocated.
     """
     work()
     if release is not None:
